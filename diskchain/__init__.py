@@ -1,0 +1,1 @@
+"""diskchain: snapshots of real VMs as real qcow2 overlay chains."""
