@@ -1,0 +1,102 @@
+"""Plans: what an operation is going to do, as a value that can be printed before anything happens. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diskchain.chain.model import Catalog, Image, Snapshot
+from diskchain.errors import HasChildren, Protected, Refused
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in words, bytes that are moved, bytes needed, seconds of downtime, and what is lost."""
+
+    title: str
+    steps: tuple[str, ...]
+    bytes: int = 0
+    space_needed: int = 0
+    downtime_estimate_s: float = 0.0
+    lost: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    point_of_no_return: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that --json prints."""
+        return {
+            "title": self.title, "steps": list(self.steps), "bytes": self.bytes, "space_needed": self.space_needed,
+            "downtime_estimate_s": self.downtime_estimate_s, "lost": list(self.lost),
+            "warnings": list(self.warnings), "point_of_no_return": self.point_of_no_return,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One disk's merge: commit image `top` into its backing file `into`. `overlays` stand on `top`, to be relinked."""
+
+    target: str
+    top: Image
+    into: Image
+    overlays: tuple[Image, ...]
+    method: str = "commit"
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """What deleting one snapshot does to the files: layers to fold, layers to unlink, layers merely let go of."""
+
+    snapshot: Snapshot
+    folds: tuple[Fold, ...] = ()
+    unlinks: tuple[Image, ...] = ()
+    kept: tuple[Image, ...] = field(default=())  # not ours: never unlinked
+
+
+def plan_delete(catalog: Catalog, snapshot: Snapshot) -> Deletion:
+    """Given a snapshot, return what its deletion does (operations.md 1), by the number of overlays on each F(S).
+
+    None: F(S) is unlinked if we made it. One: that overlay is committed down into F(S), which carries its state then.
+    Raise HasChildren for several, Protected.
+    """
+    if snapshot.protected:
+        raise Protected(
+            f"snapshot {snapshot.name!r} is protected", hint=f"diskchain unprotect {catalog.name} {snapshot.name}"
+        )
+    folds, unlinks, kept = [], [], []
+    for target, image_id in snapshot.disks.items():
+        image, overlays = catalog.images[image_id], catalog.overlays_on(image_id)
+        if len(overlays) > 1:
+            raise HasChildren(_children_text(catalog, snapshot, len(overlays)), hint=_children_hint(catalog, snapshot))
+        if overlays:
+            top = overlays[0]
+            folds.append(Fold(target, top, image, tuple(catalog.overlays_on(top.id))))
+        elif image_id in catalog.active.values():
+            raise Refused(f"{image.path} is an active layer; this catalog contradicts itself", hint="diskchain check")
+        elif image.ours:
+            unlinks.append(image)
+        else:
+            kept.append(image)
+    return Deletion(snapshot, tuple(folds), tuple(unlinks), tuple(kept))
+
+
+def _children_text(catalog: Catalog, snapshot: Snapshot, count: int) -> str:
+    names = [s.name for s in catalog.children(snapshot.id)]
+    if catalog.current == snapshot.id:
+        names.append("the present")
+    what = " and ".join(names) if names else f"{count} overlays"
+    return f"{what} stand on {snapshot.name!r}; it can't be merged into one of them"
+
+
+def _children_hint(catalog: Catalog, snapshot: Snapshot) -> str:
+    children = catalog.children(snapshot.id)
+    return (
+        f"delete a branch first: diskchain delete {catalog.name} {children[0].name}"
+        if children
+        else "delete a branch first"
+    )
+
+
+def frozen_needed(catalog: Catalog, snapshot: Snapshot) -> Sequence[str]:
+    """Return the ids of all images that the snapshot's state is made of."""
+    return [image.id for top in snapshot.disks.values() for image in catalog.chain(top)]

@@ -1,0 +1,107 @@
+"""Settings: frozen dataclasses and a TOML loader. One comment per setting; docs/configuration.md is made from them."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from diskchain.errors import UsageError
+
+
+@dataclass(frozen=True)
+class CreateSettings:
+    """[create]"""
+
+    memory: str = "auto"  # auto | always | never: save memory where nothing else is said
+    max_pause: float = 0.5  # seconds; a longer pause is warned of
+
+
+@dataclass(frozen=True)
+class StopSettings:
+    """[stop]"""
+
+    timeout: float = 300.0  # seconds to wait for the guest after the power button
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings, and where diskchain keeps what belongs to this host."""
+
+    create: CreateSettings = field(default_factory=CreateSettings)
+    stop: StopSettings = field(default_factory=StopSettings)
+    state_dir: Path = Path("/var/lib/diskchain")  # definitions of the machines that diskchain runs
+    run_dir: Path = Path("/run/diskchain")  # sockets and pid files of running machines
+    wait: float = 10.0  # seconds to wait for another operation on the same VM
+
+
+def _default_dirs(env: Mapping[str, str]) -> dict[str, Path]:
+    if os.geteuid() == 0:
+        dirs = {"state_dir": Path("/var/lib/diskchain"), "run_dir": Path("/run/diskchain")}
+    else:
+        home = Path(env.get("HOME", "/nonexistent"))
+        run = env.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+        dirs = {"state_dir": Path(env.get("XDG_STATE_HOME") or home / ".local/state") / "diskchain",
+                "run_dir": Path(run) / "diskchain"}  # fmt: skip
+    for key, name in (("state_dir", "DISKCHAIN_STATE_DIR"), ("run_dir", "DISKCHAIN_RUN_DIR")):
+        if env.get(name):
+            dirs[key] = Path(env[name])
+    return dirs
+
+
+def config_files(env: Mapping[str, str]) -> list[Path]:
+    """Return the configuration files that exist, in reading order (later ones win)."""
+    home = Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME", "/nonexistent")) / ".config")
+    found: list[Path] = []
+    for root in (Path("/etc/diskchain"), home / "diskchain"):
+        found += [root / "diskchain.toml", *sorted((root / "conf.d").glob("*.toml"))]
+    return [path for path in found if path.is_file()]
+
+
+def load_config(path: Path | None = None, env: Mapping[str, str] = os.environ) -> Config:
+    """Return the settings from `path`, or from the usual files. Raise UsageError naming file and key of a mistake."""
+    config = replace(Config(), **_default_dirs(env))  # type: ignore[arg-type]
+    for file in [path] if path else config_files(env):
+        config = _merged(config, _read(file), file)
+    return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{file}: {error}", hint="correct the file or name another with --config") from None
+
+
+def _merged(config: Config, data: Mapping[str, Any], file: Path) -> Config:
+    for key, value in data.items():
+        _known(key, (f.name for f in fields(config)), file, key)
+        now = getattr(config, key)
+        if isinstance(now, (CreateSettings, StopSettings)):
+            if not isinstance(value, dict):
+                raise UsageError(f"{file}: {key} is a table: [{key}]")
+            for name, item in value.items():
+                _known(name, (f.name for f in fields(now)), file, f"{key}.{name}")
+                now = replace(now, **{name: _typed(getattr(now, name), item, file, f"{key}.{name}")})
+            config = replace(config, **{key: now})  # type: ignore[arg-type]
+        else:
+            config = replace(config, **{key: _typed(now, value, file, key)})
+    return config
+
+
+def _known(key: str, names: Iterable[str], file: Path, shown: str) -> None:
+    if key not in set(names):
+        raise UsageError(f"{file}: there is no setting {shown!r}", hint="docs/configuration.md lists them")
+
+
+def _typed(now: Any, value: Any, file: Path, key: str) -> Any:
+    if isinstance(now, Path) and isinstance(value, str):
+        return Path(value)
+    if isinstance(now, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(now, str) and isinstance(value, str):
+        return value
+    raise UsageError(f"{file}: {key} has the wrong type")

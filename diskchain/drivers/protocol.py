@@ -1,0 +1,167 @@
+"""How a VM is reached: intents, not commands. No word of QMP or libvirt above this floor.
+
+Every driver passes tests/contract. A driver performs, it does not remember: what was decided stands in the catalog and
+the journal. All methods may raise DriverFailed (refused or died) and Unreachable (no connection, outcome unknown).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from diskchain.chain.model import Image
+
+Chains = Mapping[str, Sequence[Image]]
+"""For each disk its chain, active layer first."""
+
+
+class VMState(enum.Enum):
+    """What the VM does. `critical`: it stopped itself because a disk had no space or failed."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    CRITICAL = "paused-critical"
+    CRASHED = "crashed"
+
+    @property
+    def is_off(self) -> bool:
+        """Its process is gone and its manager says so."""
+        return self is VMState.STOPPED
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A VM's whole configuration as its driver understands it. Opaque to everybody else."""
+
+    driver: str
+    text: str
+
+
+@dataclass(frozen=True)
+class SaveProgress:
+    """How far a memory save is. `status`: running, completed or failed; sizes in bytes."""
+
+    status: str
+    done: int = 0
+    total: int = 0
+    error: str = ""
+
+
+class PauseGuard(Protocol):
+    """A process of ours that lets the VM go on when we can't. See `Driver.pause_guard`."""
+
+    def arm(self) -> None:
+        """The pause begins now."""
+
+    def disarm(self) -> None:
+        """The pause is over."""
+
+    def fired(self) -> bool:
+        """Whether it resumed the VM behind our back (then memory and disks are not of one instant)."""
+
+
+class Driver(Protocol):
+    """One VM."""
+
+    name: str
+    uuid: str
+    kind: str
+
+    async def close(self) -> None:
+        """Let go of connections. The VM is not touched."""
+
+    # -- looking
+    async def state(self) -> VMState:
+        """Return what the VM does now, asked afresh."""
+
+    async def active_files(self) -> dict[str, Path]:
+        """Return for each disk of a VM that is on the file it writes to, as the hypervisor says."""
+
+    def memory_bytes(self) -> int:
+        """Return the size of the guest's memory in bytes."""
+
+    def definition(self) -> Definition:
+        """Return the configuration that the next start uses."""
+
+    async def live_definition(self) -> Definition:
+        """Return the configuration that the VM runs with now (that of the next start when it is off)."""
+
+    def differences(self, old: Definition, new: Definition) -> list[str]:
+        """Return in words what changes from one configuration to the other."""
+
+    def missing_files(self, definition: Definition) -> list[str]:
+        """Return in words what a start with this configuration would not find (kernel, firmware, other version)."""
+
+    # -- power
+    async def start(self, chains: Chains, *, paused: bool = False) -> None:
+        """Start the VM on these chains with its definition. The VM is off."""
+
+    async def start_from_memory(self, definition: Definition, chains: Chains, memory: int) -> None:
+        """Start the VM paused as `definition` (a `live_definition` of then) says, with the memory at the descriptor.
+
+        Success = loaded and paused. On failure the VM is off again.
+        """
+
+    async def power_off(self, timeout: float) -> bool:
+        """Press the power button and wait at most `timeout` seconds; return whether the VM is off."""
+
+    async def quit(self) -> None:
+        """End the VM where it stands, with everything it wrote on its disks (like a power cut for the guest)."""
+
+    async def kill(self) -> None:
+        """End the VM by force; works when nothing else does."""
+
+    async def pause(self) -> None:
+        """Stop the virtual CPUs."""
+
+    async def resume(self) -> None:
+        """Let the virtual CPUs go on, if they do not run already."""
+
+    # -- configuration
+    async def define(self, definition: Definition, chains: Chains) -> None:
+        """Make this the configuration of the next start, with these chains as disks."""
+
+    # -- snapshot
+    async def check_background_save(self) -> None:
+        """Raise MemoryNotSaved when memory can't be saved while the VM runs; the message says why."""
+
+    def pause_guard(self, *, limit: float | None) -> AbstractAsyncContextManager[PauseGuard]:
+        """Return a guard, ready when entered: once armed it resumes the VM when we die, or after `limit` seconds."""
+
+    async def prepare_disks(self, overlays: Mapping[str, Image]) -> None:
+        """Do everything for `switch_disks` that can be done while the VM runs."""
+
+    async def forget_prepared(self, overlays: Mapping[str, Image]) -> None:
+        """Undo `prepare_disks`; what was not prepared is passed over."""
+
+    async def switch_disks(self, overlays: Mapping[str, Image]) -> None:
+        """Make these the active layers, all or none. The VM is paused (or just running)."""
+
+    async def prepare_memory_save(self, memory: int, *, background: bool) -> None:
+        """Do everything for `start_memory_save` that can be done while the VM runs.
+
+        The stream goes into the descriptor at its offset. Raise MemoryNotSaved when this can't be done here.
+        """
+
+    async def start_memory_save(self, *, background: bool) -> None:
+        """Begin to save memory; return when the instant is captured.
+
+        In background the VM may run (and may have been resumed) afterwards; otherwise it must stay paused to the end.
+        """
+
+    async def save_progress(self) -> SaveProgress:
+        """Return how far the save that was begun last is."""
+
+    async def end_memory_save(self) -> None:
+        """Put settings back that the save needed."""
+
+    def save_owner(self) -> str:
+        """Return what identifies the hypervisor process that saves, across our own death."""
+
+
+DriverOpener = Callable[[], Driver]

@@ -1,0 +1,392 @@
+"""The embedded driver: a QEMU that diskchain starts itself and drives over its own QMP socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diskchain.chain.machine import Machine
+from diskchain.chain.model import Image
+from diskchain.drivers import accel, migration
+from diskchain.drivers.machines import Machines, Registered, differences
+from diskchain.drivers.monitor import Monitor
+from diskchain.drivers.protocol import Chains, Definition, PauseGuard, SaveProgress, VMState
+from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
+from diskchain.errors import DiskchainError, DriverFailed, Unreachable
+from diskchain.host import files
+from diskchain.host.process import (
+    ProcessId,
+    boot_id,
+    find_process,
+    process_id,
+    scope,
+    spawn_detached,
+    spawn_piped,
+)
+
+SOCKETS = ("qmp", "info", "watch")  # a QMP socket serves one client at a time: changes, looks, the watchdog
+PAUSE_LIMIT = 10.0  # seconds
+
+_STATES = {
+    "running": VMState.RUNNING,
+    "io-error": VMState.CRITICAL,
+    "guest-panicked": VMState.CRASHED,
+    "internal-error": VMState.CRASHED,
+}
+
+
+class QemuDriver:
+    """One machine of ours. `socket` is `qmp` for the holder of the VM's lock, `info` for everybody who only looks."""
+
+    kind = "qemu"
+
+    def __init__(self, registered: Registered, machines: Machines, run_dir: Path, *, socket: str = "qmp") -> None:
+        self._registered = registered
+        self._machines = machines
+        self._state_dir = machines.dir.parent
+        self.run_dir = run_dir / registered.machine.uuid
+        self._socket = socket
+        self._monitor: Monitor | None = None
+        self.name = registered.machine.name
+        self.uuid = registered.machine.uuid
+
+    @property
+    def home(self) -> Path:
+        """Where the VM's records, console log and QEMU log are."""
+        return self._registered.home
+
+    @property
+    def _machine(self) -> Machine:
+        return self._registered.machine
+
+    # -- the process and its monitor -------------------------------------------------------------------------------
+
+    def process(self) -> ProcessId | None:
+        """Return the machine's QEMU, or None. Its own pid file first, then a look through all processes."""
+        try:
+            found = process_id(int((self.run_dir / "pid").read_text()))
+        except (OSError, ValueError):
+            found = None
+        if found and self._is_ours(found):
+            return found
+        return find_process("-uuid", self.uuid)
+
+    def _is_ours(self, found: ProcessId) -> bool:
+        try:
+            return f"-uuid\0{self.uuid}\0".encode() in Path(f"/proc/{found.pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
+    async def _connected(self) -> Monitor:
+        if self._monitor is None:
+            if self.process() is None:
+                raise DriverFailed(f"{self.name} is not running", hint=f"diskchain start {self.name}")
+            self._monitor = await Monitor.connect(self.run_dir / f"{self._socket}.sock")
+        return self._monitor
+
+    async def _execute(self, command: str, **arguments: Any) -> Any:
+        return await (await self._connected()).execute(command, **arguments)
+
+    async def close(self) -> None:
+        """Close the connection; the machine goes on."""
+        if self._monitor:
+            await self._monitor.close()
+            self._monitor = None
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    async def state(self) -> VMState:
+        """Ask QEMU; no process = stopped."""
+        process = self.process()
+        if process is None:
+            await self.close()
+            return VMState.STOPPED
+        try:
+            status = (await self._execute("query-status"))["status"]
+        except (Unreachable, DriverFailed):
+            if await process.gone(1.0):
+                await self.close()
+                return VMState.STOPPED
+            raise
+        return _STATES.get(status, VMState.PAUSED)
+
+    async def active_files(self) -> dict[str, Path]:
+        """Return for each disk the file of its topmost node, as QEMU says."""
+        nodes = await self._execute("query-named-block-nodes", flat=True)
+        file_of = {node["node-name"].removeprefix("file-"): Path(node["file"]) for node in nodes}
+        found = {}
+        for block in await self._execute("query-block"):
+            target = block.get("qdev", "").removeprefix("/machine/peripheral/").split("/")[0]
+            node = block.get("inserted", {}).get("node-name", "")
+            if node.startswith("layer-"):
+                found[target] = file_of[node.removeprefix("layer-")]
+        return found
+
+    def _machine_running(self) -> Machine:
+        try:
+            return Machine.from_dict(json.loads((self.run_dir / "machine.json").read_bytes())["machine"])
+        except (OSError, ValueError, KeyError):
+            return self._machine
+
+    def memory_bytes(self) -> int:
+        """The running machine's RAM."""
+        return (self._machine_running() if self.process() else self._machine).memory
+
+    def definition(self) -> Definition:
+        """The definition in the state directory."""
+        return Definition(self.kind, json.dumps({"machine": self._machine.to_dict()}))
+
+    async def live_definition(self) -> Definition:
+        """The definition the running QEMU was started with, with what was decided then (`ran_with`)."""
+        if self.process() is None:
+            return self.definition()
+        try:
+            return Definition(self.kind, (self.run_dir / "machine.json").read_text())
+        except OSError as error:
+            raise DriverFailed(f"the run-time record of {self.name} is gone ({error.strerror})",
+                               hint="stop and start the machine; use --disk-only until then") from error  # fmt: skip
+
+    def differences(self, old: Definition, new: Definition) -> list[str]:
+        """Compare two machine definitions in words."""
+        return differences(_machine_of(old), _machine_of(new))
+
+    def missing_files(self, definition: Definition) -> list[str]:
+        """Look for the kernel and initrd of a definition."""
+        machine = _machine_of(definition)
+        return [f"{what} {path} does not exist"
+                for what, path in (("kernel", machine.kernel), ("initrd", machine.initrd))
+                if path and not Path(path).is_file()]  # fmt: skip
+
+    # -- power -----------------------------------------------------------------------------------------------------
+
+    async def start(self, chains: Chains, *, paused: bool = False) -> None:
+        """Start QEMU on the chains."""
+        ran_with = {
+            "accel": await accel.decide(self._machine.accel, self._state_dir),
+            "qemu": await accel.qemu_version(),
+        }
+        await self._launch(self._machine, ran_with, chains, stopped=paused)
+
+    async def start_from_memory(self, definition: Definition, chains: Chains, memory: int) -> None:
+        """Start QEMU as it was when the memory was saved, load the memory, stay paused."""
+        ran_with = json.loads(definition.text)["ran_with"]
+        await self._launch(_machine_of(definition), ran_with, chains, stopped=True, incoming=True)
+        try:
+            await migration.load(await self._connected(), memory)
+        except DiskchainError as error:
+            await self.kill()
+            raise DriverFailed(f"{error.message}; {self._log_tail()}", hint=error.hint) from error
+
+    async def _launch(self, machine: Machine, ran_with: Mapping[str, str], chains: Chains, *, stopped: bool,
+                      incoming: bool = False) -> None:  # fmt: skip
+        self._fresh_run_dir()
+        complete = replace(machine, accel=ran_with["accel"])
+        record = {"machine": machine.to_dict(), "ran_with": dict(ran_with)}
+        files.write_durably(self.run_dir / "machine.json", json.dumps(record).encode())
+        argv = command_line(complete, chains, run_dir=self.run_dir, console=self.home / "console.log",
+                            sockets=SOCKETS, stopped=stopped, incoming=incoming)  # fmt: skip
+        self._log_start = self._log_size()
+        child = spawn_detached([*await scope(self.name), *argv], self._log)
+        began = time.monotonic()
+        while True:
+            if child.poll() is not None:
+                raise DriverFailed(f"QEMU did not start: {self._log_tail()}", hint=f"the whole log: {self._log}")
+            try:
+                self._monitor = await Monitor.connect(self.run_dir / f"{self._socket}.sock", timeout=0.2)
+                return
+            except Unreachable:
+                if time.monotonic() - began > 60:
+                    child.kill()
+                    raise
+
+    def _fresh_run_dir(self) -> None:
+        self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if len(os.fsencode(self.run_dir / "watch.sock")) > 107:
+            raise DriverFailed(f"the path {self.run_dir} is too long for sockets",
+                               hint="choose a shorter run_dir in the configuration")  # fmt: skip
+        for name in (*(f"{s}.sock" for s in SOCKETS), "agent.sock", "pid"):
+            (self.run_dir / name).unlink(missing_ok=True)
+
+    @property
+    def _log(self) -> Path:
+        return self.home / "qemu.log"
+
+    def _log_size(self) -> int:
+        return self._log.stat().st_size if self._log.exists() else 0
+
+    def _log_tail(self) -> str:
+        try:
+            with self._log.open("rb") as log:
+                log.seek(getattr(self, "_log_start", 0))
+                lines = [line for line in log.read().decode("utf-8", "replace").splitlines() if "warning:" not in line]
+        except OSError:
+            lines = []
+        return lines[-1] if lines else "QEMU said nothing"
+
+    async def power_off(self, timeout: float) -> bool:
+        """Press the ACPI power button (again every 30 seconds: a guest that still boots misses the first)."""
+        process, end = self.process(), time.monotonic() + timeout
+        while process and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(DriverFailed, Unreachable):
+                await self._execute("system_powerdown")
+            if await process.gone(min(30.0, left)):
+                break
+        if process is None or not process.alive():
+            await self.close()
+            return True
+        return False
+
+    async def quit(self) -> None:
+        """Stop the CPUs, then let QEMU end by itself: it writes its caches into the images."""
+        process = self.process()
+        if process is None:
+            return
+        await self._execute("stop")
+        with contextlib.suppress(Unreachable):  # the connection breaks, that is the answer
+            await self._execute("quit")
+        await self.close()
+        if not await process.gone(120):
+            raise Unreachable(f"QEMU of {self.name} does not end", hint=f"diskchain stop --force {self.name}")
+
+    async def kill(self) -> None:
+        """SIGKILL QEMU."""
+        process = self.process()
+        await self.close()
+        if process:
+            process.kill()
+            if not await process.gone(60):
+                raise Unreachable(f"QEMU (pid {process.pid}) does not die; it waits for its storage")
+
+    async def pause(self) -> None:
+        """QMP stop."""
+        await self._execute("stop")
+
+    async def resume(self) -> None:
+        """QMP cont, unless it runs already."""
+        if (await self._execute("query-status"))["status"] != "running":
+            await self._execute("cont")
+
+    # -- configuration ---------------------------------------------------------------------------------------------
+
+    async def define(self, definition: Definition, chains: Chains) -> None:
+        """Write the definition; the chains are the catalog's business here."""
+        self._registered = replace(self._registered, machine=_machine_of(definition))
+        self._machines.put(self._registered)
+
+    # -- snapshot --------------------------------------------------------------------------------------------------
+
+    async def check_background_save(self) -> None:
+        """Set the capability and see whether QEMU takes it."""
+        await migration.set_background(await self._connected(), True)
+
+    @contextlib.asynccontextmanager
+    async def _guard(self, limit: float | None) -> AsyncIterator[PauseGuard]:
+        argv = [sys.executable, "-m", "diskchain.drivers.watchdog", str(self.run_dir / "watch.sock")]
+        if limit is not None:
+            argv.append(str(limit))
+        guard = await _Watchdog.start(argv, self.home / "watchdog.log")
+        try:
+            yield guard
+        finally:
+            await guard.stop()
+
+    def pause_guard(self, *, limit: float | None) -> contextlib.AbstractAsyncContextManager[PauseGuard]:
+        """A watchdog process connected to this QEMU."""
+        return self._guard(limit)
+
+    async def prepare_disks(self, overlays: Mapping[str, Image]) -> None:
+        """blockdev-add with `backing: null`: the overlay is open, its backing file is not opened a second time."""
+        for image in overlays.values():
+            await self._execute("blockdev-add", **blockdev(image, None, read_only=False))
+
+    async def forget_prepared(self, overlays: Mapping[str, Image]) -> None:
+        """blockdev-del of what was added."""
+        for image in overlays.values():
+            with contextlib.suppress(DriverFailed):
+                await self._execute("blockdev-del", node_name=node_name(image))
+
+    async def switch_disks(self, overlays: Mapping[str, Image]) -> None:
+        """One transaction of blockdev-snapshot: all disks or none (1-4 ms)."""
+        actions = [
+            {"type": "blockdev-snapshot", "data": {"node": f"layer-{image.backing}", "overlay": node_name(image)}}
+            for image in overlays.values()
+        ]
+        await self._execute("transaction", actions=actions)
+
+    async def start_memory_save(self, *, background: bool) -> None:
+        """Begin the migration into the file that was passed before."""
+        await migration.begin(await self._connected(), background=background)
+
+    async def prepare_memory_save(self, memory: int, *, background: bool) -> None:
+        """Everything about the memory save that can be done before the pause."""
+        monitor = await self._connected()
+        await migration.set_background(monitor, background)
+        await migration.pass_file(monitor, memory)
+
+    async def save_progress(self) -> SaveProgress:
+        """query-migrate."""
+        return await migration.progress(await self._connected())
+
+    async def end_memory_save(self) -> None:
+        """Take the capability back."""
+        with contextlib.suppress(DiskchainError):
+            await migration.set_background(await self._connected(), False)
+
+    def save_owner(self) -> str:
+        """pid, start time and boot of this QEMU."""
+        process = self.process()
+        return f"{process.pid}:{process.start}:{boot_id()}" if process else ""
+
+
+class _Watchdog:
+    """Our end of the watchdog process."""
+
+    def __init__(self, child: asyncio.subprocess.Process) -> None:
+        self._child = child
+        self._fired = asyncio.create_task(self._listen())
+
+    @classmethod
+    async def start(cls, argv: list[str], log: Path) -> _Watchdog:
+        child = await spawn_piped(argv, log, without=("DISKCHAIN_FAULT",))
+        assert child.stdout
+        if await asyncio.wait_for(child.stdout.readline(), 30) != b"ready\n":
+            raise DriverFailed("the watchdog that guards the pause did not start", hint=f"see {log}")
+        return cls(child)
+
+    async def _listen(self) -> bool:
+        assert self._child.stdout
+        return b"fired" in await self._child.stdout.readline()
+
+    def _tell(self, word: bytes) -> None:
+        assert self._child.stdin
+        self._child.stdin.write(word)
+
+    def arm(self) -> None:
+        self._tell(b"arm\n")
+
+    def disarm(self) -> None:
+        self._tell(b"done\n")
+
+    def fired(self) -> bool:
+        return self._fired.done() and self._fired.result()
+
+    async def stop(self) -> None:
+        """Close its stdin: a guard that was armed and not disarmed lets the VM go on now."""
+        assert self._child.stdin
+        with contextlib.suppress(OSError, RuntimeError):
+            self._child.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._child.wait(), 5)
+        self._fired.cancel()
+
+
+def _machine_of(definition: Definition) -> Machine:
+    return Machine.from_dict(json.loads(definition.text)["machine"])

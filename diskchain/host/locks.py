@@ -1,0 +1,174 @@
+"""Two kinds of lock: flock on a VM's lock file (one diskchain at a time), and the image guard (QEMU kept off)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from diskchain.errors import Busy, DiskchainError, Refused
+from diskchain.host.process import process_id
+
+# QEMU >= 2.10 takes OFD locks on single bytes of every image: 100+bit for a permission it uses, 200+bit for one it
+# does not share (block/file-posix.c RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE; bit 1 = BLK_PERM_WRITE).
+# Whoever holds both 101 and 201 looks to QEMU like a writer that tolerates no other: no VM starts on the image or
+# on an overlay of it, no reader without -U gets in. Measured on QEMU 7.2 (facts.md).
+_WRITES, _SHARES_NO_WRITES = 101, 201
+
+
+@contextlib.contextmanager
+def vm_lock(path: Path, operation: str, *, wait: float) -> Iterator[None]:
+    """Hold the VM's lock while the block runs. Wait at most `wait` seconds, then raise Busy naming the holder."""
+    fd = _open_lock(path)
+    try:
+        _flock_within(fd, path, wait)
+        me = process_id(os.getpid())
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps({"pid": os.getpid(), "start": me.start if me else 0, "operation": operation,
+                                  "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}).encode(), 0)  # fmt: skip
+        yield
+    finally:
+        os.close(fd)
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise Refused(f"can't lock {path}: {error.strerror}",
+                      hint="run diskchain as the user who owns the VM's files") from error  # fmt: skip
+
+
+def _flock_within(fd: int, path: Path, wait: float) -> None:
+    end = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise Busy(f"another operation is at work on this VM: {holder(path)}",
+                           hint="wait for it, or use --wait 10m") from None  # fmt: skip
+            time.sleep(0.05)
+
+
+def holder(path: Path) -> str:
+    """Given a lock file, return who holds it in words; for messages only."""
+    try:
+        note = json.loads(path.read_text())
+        return f"{note['operation']} (pid {note['pid']}, since {note['since']})"
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+
+
+def holder_operation(path: Path) -> str | None:
+    """Given a lock file, return the operation of its living holder, or None."""
+    try:
+        note = json.loads(path.read_text())
+        who = process_id(int(note["pid"]))
+        return str(note["operation"]) if who and who.start == note["start"] else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+class ImageGuard:
+    """Keeps every other user off some images. Its descriptors can be passed to an engine, and outlive us there."""
+
+    def __init__(self, fds: Sequence[int]) -> None:
+        self.fds = tuple(fds)
+
+    def sync(self, index: int) -> None:
+        """fsync the index-th image through the descriptor that was open before the work began.
+
+        The kernel reports a failed writeback once to each descriptor that was open then; one opened later
+        never hears of it. Raise OSError.
+        """
+        os.fsync(self.fds[index])
+
+    def drop_cache(self, index: int) -> None:
+        """Ask the kernel to forget its cached pages of the image, so that the next read comes from the disk."""
+        os.posix_fadvise(self.fds[index], 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Let go."""
+        for fd in self.fds:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def guard_images(paths: Sequence[Path], *, wait: float, users: Callable[[Path], str]) -> Iterator[ImageGuard]:
+    """Hold the images against every QEMU and every qemu-img while the block runs.
+
+    First taken exclusively (so nobody else holds them, an orphaned engine included), then turned into the shared
+    form that QEMU respects. `users` names who uses a path, for the message. Raise Busy after `wait` seconds.
+    """
+    with contextlib.ExitStack() as stack:
+        fds = []
+        for path in paths:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            stack.callback(os.close, fd)
+            fds.append(fd)
+            _lock_within(fd, path, wait, users)
+        for fd in fds:
+            _set_locks(fd, fcntl.F_RDLCK)
+        yield ImageGuard(fds)
+
+
+def _lock_within(fd: int, path: Path, wait: float, users: Callable[[Path], str]) -> None:
+    end = time.monotonic() + wait
+    while True:
+        try:
+            _set_locks(fd, fcntl.F_WRLCK)
+            return
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= end:
+                raise Busy(f"{path} is in use by {users(path)}", hint="stop what uses it, then try again") from None
+            time.sleep(0.05)
+        except OSError as error:
+            raise DiskchainError(f"can't take QEMU's image locks on {path}: {error.strerror}",
+                                 hint="the filesystem must support OFD locks") from error  # fmt: skip
+
+
+def _set_locks(fd: int, kind: int) -> None:
+    for byte in (_WRITES, _SHARES_NO_WRITES):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
+
+
+def image_in_use(path: Path) -> bool:
+    """Whether some QEMU (or engine) has the image open, as active layer or as a backing file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        for start in (100, 200):
+            probe = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, 64, 0)
+            answer = struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, probe))
+            if answer[0] != fcntl.F_UNLCK:
+                return True
+        return False
+    finally:
+        os.close(fd)
+
+
+def open_by(path: Path) -> str:
+    """Given a file, return who has it open, in words (as far as /proc lets us see); for messages only."""
+    wanted = path.stat()
+    found = []
+    for proc in Path("/proc").iterdir():
+        if proc.name.isdigit() and int(proc.name) != os.getpid() and _has_open(proc, wanted):
+            with contextlib.suppress(OSError):
+                found.append(f"{(proc / 'comm').read_text().strip()} (pid {proc.name})")
+    return ", ".join(sorted(found)) or "a process we can't see (another user's, or another host's)"
+
+
+def _has_open(proc: Path, wanted: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):
+        for fd in (proc / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                there = fd.stat()
+                if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    return True
+    return False

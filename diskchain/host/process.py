@@ -1,0 +1,239 @@
+"""The only place that starts programs. Output is captured, stdin is closed, the child dies with us."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diskchain.errors import NotFound, ToolFailed
+
+log = logging.getLogger(__name__)
+_libc = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a program said. `returncode` as the kernel gave it (negative: killed by that signal)."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits for programs that read untrusted metadata (the values Nova uses): CPU seconds, bytes of address space."""
+
+    cpu: int = 30
+    memory: int = 2 << 30
+
+
+def _prepare_child(limits: Limits | None, die_with_us: bool) -> Callable[[], None]:
+    def prepare() -> None:
+        if die_with_us:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if limits:
+            resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu, limits.cpu))
+            resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    return prepare
+
+
+def find_program(name: str) -> str:
+    """Given a program's name, return its absolute path. Raise NotFound saying how to install it."""
+    path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/libexec")
+    if path is None:
+        package = "qemu-system-x86" if name.startswith("qemu-system") else "qemu-utils"
+        raise NotFound(f"{name} is not installed", hint=f"apt install {package}")
+    return path
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    limits: Limits | None = None,
+    timeout: float | None = 60,
+    pass_fds: Sequence[int] = (),
+    ok: Sequence[int] = (0,),
+    on_output: Callable[[str], None] | None = None,
+) -> Result:
+    """Run a program to its end and return what it said. Times in seconds, None = as long as it takes.
+
+    `on_output` is called with each piece of stdout as it comes (progress). The child is killed with us, and when
+    the caller is cancelled. Raise ToolFailed when the exit code is not in `ok` or the time is over.
+    """
+    argv = [find_program(argv[0]), *argv[1:]]
+    log.debug("%s", shlex.join(argv))
+    child = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        pass_fds=tuple(pass_fds),
+        env={**os.environ, "LC_ALL": "C"},
+        preexec_fn=_prepare_child(limits, die_with_us=True),
+    )
+    try:
+        out, err = await asyncio.wait_for(_collect(child, on_output), timeout)
+    except TimeoutError:
+        raise ToolFailed(argv, -signal.SIGKILL, f"no end after {timeout} seconds") from None
+    finally:
+        if child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+    result = Result(child.returncode or 0, out, err)
+    if result.returncode not in ok:
+        raise ToolFailed(argv, result.returncode, err or out)
+    return result
+
+
+async def _collect(child: asyncio.subprocess.Process, on_output: Callable[[str], None] | None) -> tuple[str, str]:
+    assert child.stdout and child.stderr
+
+    async def read_stdout(stream: asyncio.StreamReader) -> str:
+        pieces = []
+        while piece := await stream.read(65536):
+            text = piece.decode("utf-8", "replace")
+            if on_output:
+                on_output(text)
+            else:
+                pieces.append(text)
+        return "".join(pieces)
+
+    out, err = await asyncio.gather(read_stdout(child.stdout), child.stderr.read())
+    await child.wait()
+    return out, err.decode("utf-8", "replace")
+
+
+def spawn_detached(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str] | None = None,
+                   pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:  # fmt: skip
+    """Start a program that outlives us and the terminal: own session, output appended to `log_file` (mode 0600)."""
+    argv = [find_program(argv[0]), *argv[1:]]
+    log.debug("detached: %s", shlex.join(argv))
+    fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, start_new_session=True,
+            pass_fds=tuple(pass_fds), env=None if env is None else {**os.environ, **env},
+            preexec_fn=_prepare_child(None, die_with_us=False),
+        )  # fmt: skip
+    finally:
+        os.close(fd)
+
+
+async def spawn_piped(
+    argv: Sequence[str], log_file: Path, *, without: Sequence[str] = ()
+) -> asyncio.subprocess.Process:
+    """Start a program that outlives us, with pipes for stdin and stdout; stderr goes to `log_file`.
+
+    `without`: environment variables that it does not get.
+    """
+    fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        return await asyncio.create_subprocess_exec(
+            *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=fd, start_new_session=True,
+            env={key: value for key, value in os.environ.items() if key not in without},
+        )  # fmt: skip
+    finally:
+        os.close(fd)
+
+
+async def scope(name: str) -> list[str]:
+    """Return the words that put a program into a systemd scope of its own, so that it outlives our session's end.
+
+    Empty where systemd does not run or does not let us (then the own session must do).
+    """
+    if not Path("/run/systemd/system").is_dir():
+        return []
+    words = ["systemd-run", "--scope", "--quiet", "--collect", *([] if os.geteuid() == 0 else ["--user"])]
+    try:
+        await run([*words, "true"], timeout=10)
+    except (ToolFailed, NotFound):
+        return []
+    return [*words, f"--description=diskchain machine {name}"]
+
+
+# -- who is there ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process that can't be confused with a later one of the same number: pid and kernel start time (ticks)."""
+
+    pid: int
+    start: int
+
+    def alive(self) -> bool:
+        """Whether that very process still runs (a zombie does not)."""
+        return process_id(self.pid) == self
+
+    def kill(self, sig: int = signal.SIGKILL) -> None:
+        """Send a signal to it; nothing when it has gone. Raise PermissionError when it is somebody else's."""
+        if self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, sig)
+
+    async def gone(self, timeout: float) -> bool:
+        """Wait until it has ended, at most `timeout` seconds; return whether it has."""
+        end = time.monotonic() + timeout
+        while self.alive():
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+
+def process_id(pid: int) -> ProcessId | None:
+    """Given a pid, return its identity, or None when there is no such (living) process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else ProcessId(pid, int(fields[19]))
+
+
+def boot_id() -> str:
+    """Return the kernel's id of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def find_process(*words: str) -> ProcessId | None:
+    """Return the living process whose command line holds these words next to each other, or None."""
+    needle = b"\0".join(w.encode() for w in words)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                cmdline = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if needle in cmdline and int(entry.name) != os.getpid():
+                return process_id(int(entry.name))
+    return None
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block is over: it is short and must not be cut in two."""
+    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,111 @@
+"""qemu-img, one function per subcommand, named after it. Formats are always given, paths are absolute."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diskchain.errors import ChainDamaged, ToolFailed
+from diskchain.host.process import Limits, run
+
+METADATA = Limits()
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `qemu-img check` found: number of corruptions and of leaked clusters."""
+
+    corruptions: int
+    leaks: int
+
+    @property
+    def clean(self) -> bool:
+        """Nothing to repair."""
+        return not self.corruptions and not self.leaks
+
+
+def unlocked(path: Path, fmt: str, backing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the block node of an image that we guard ourselves: QEMU takes no locks of its own on it."""
+    node: dict[str, Any] = {"driver": fmt, "file": {"driver": "file", "filename": str(path), "locking": "off"}}
+    if fmt == "qcow2":
+        node["backing"] = backing
+    return node
+
+
+def _json(node: dict[str, Any]) -> str:
+    return "json:" + json.dumps(node)
+
+
+async def create(fd: int, backing_name: str, backing_fmt: str, virtual_size: int) -> None:
+    """Write an empty qcow2 overlay of `virtual_size` bytes into the open file `fd`, naming its backing file.
+
+    The file is reached by descriptor (nobody can swap it for a link) and the backing file is not opened (-u).
+    """
+    await run(["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", backing_name, "-F", backing_fmt,
+               f"/proc/self/fd/{fd}", str(virtual_size)], limits=METADATA, pass_fds=[fd])  # fmt: skip
+
+
+async def rebase(overlay: Path, backing_name: str, backing_fmt: str) -> None:
+    """Change only the reference to the backing file (`-u`). Exit code 0 is no proof (facts.md): re-read the header."""
+    await run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", backing_fmt, "-b", backing_name, str(overlay)],
+              limits=METADATA)  # fmt: skip
+
+
+async def check(node: dict[str, Any], *, repair: bool = False, direct: bool = False) -> CheckResult:
+    """Check the metadata of an image that we guard; with `repair` put it right first. Raw images have none.
+
+    `direct`: read around the page cache (-T none), which after a failed write may show what the disk does not have.
+    Raise ToolFailed when it could not be checked.
+    """
+    if node["driver"] == "raw":
+        return CheckResult(0, 0)
+    argv = ["qemu-img", "check", "--output=json", *(["-r", "all"] if repair else []),
+            *(["-T", "none"] if direct else []), _json(node)]  # fmt: skip
+    result = await run(argv, timeout=None, ok=(0, 2, 3))
+    try:
+        found = json.loads(result.stdout)
+    except ValueError:
+        raise ToolFailed(argv, result.returncode, result.stderr or "no answer in JSON") from None
+    if found.get("check-errors"):
+        raise ToolFailed(argv, result.returncode, result.stderr or "the image could not be checked to its end")
+    return CheckResult(int(found.get("corruptions", 0)), int(found.get("leaks", 0)))
+
+
+async def commit(
+    overlay: dict[str, Any],
+    *,
+    direct: bool,
+    guard: Sequence[int],
+    on_percent: Callable[[float], None],
+) -> None:
+    """Write the overlay's data into its backing file; both are given as nodes under our guard.
+
+    `-d`: the overlay stays as it is, so the commit can be done again (290 of 290 kills, facts.md).
+    `guard`: descriptors that carry our locks; the engine inherits them, so the locks live as long as it does.
+    """
+
+    def progress(text: str) -> None:
+        found = re.findall(r"\(([\d.]+)/100%\)", text)
+        if found:
+            on_percent(float(found[-1]))
+
+    await run(["qemu-img", "commit", "-p", "-d", "-t", "none" if direct else "writeback", _json(overlay)],
+              timeout=None, pass_fds=guard, on_output=progress)  # fmt: skip
+
+
+async def compare(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Compare two images' guest content, read around the page cache. Raise ChainDamaged when they differ."""
+    argv = ["qemu-img", "compare", "-q", "-T", "none", _json(one), _json(other)]
+    result = await run(argv, timeout=None, ok=(0, 1))
+    if result.returncode == 1:
+        raise ChainDamaged("after the merge the base does not hold what the overlay shows", hint="keep both files; diskchain recover")  # noqa: E501  # fmt: skip
+
+
+def backing_name_for(overlay: Path, backing: Path) -> str:
+    """Return how an overlay names its backing file: the plain name within one directory, else the absolute path."""
+    return backing.name if overlay.parent == backing.parent else os.fspath(backing)

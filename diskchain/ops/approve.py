@@ -1,0 +1,192 @@
+"""Approve a chain before any QEMU sees it: headers only, every file opened once, nothing executed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diskchain.chain import qcow2
+from diskchain.chain.qcow2 import ApprovedImage, Header
+from diskchain.errors import ChainDamaged, DiskchainError, HostileImage, NotFound, UnsupportedDisk
+from diskchain.host import files
+
+GiB = 1 << 30
+MAX_DEPTH = 200
+MAX_L2_BYTES = 16 * GiB  # a full disk of 128 TiB with 64 KiB clusters; more comes only from sparse, hostile files
+
+
+def approve_chain(
+    top: Path, fmt: str, *, roots: Sequence[Path] | None = None, max_depth: int = MAX_DEPTH
+) -> list[ApprovedImage]:
+    """Given the top image and its format (`qcow2` or `raw`, never probed), return the chain, top first, base last.
+
+    Raise HostileImage (cycle, more than `max_depth` images, outside `roots`, unsafe header or name), ChainDamaged
+    (cut short, corrupt, or a backing file is missing), UnsupportedDisk, NotFound (no top), Refused (no permission).
+    """
+    layers: list[_Layer] = []
+    seen: set[tuple[int, int]] = set()
+    for layer in _walk(top, fmt, roots):
+        if layer.identity in seen:
+            raise HostileImage(f"the chain of {str(top)!r} has a cycle: it comes back to {layer.path!r}")
+        seen.add(layer.identity)
+        layers.append(layer)
+        if len(layers) == max_depth and layer.backing is not None:
+            hint = "merge snapshots (diskchain delete), or flatten it: qemu-img convert"
+            raise HostileImage(f"the chain of {str(top)!r} is deeper than {max_depth} images", hint=hint)
+    return _linked(layers)
+
+
+def fingerprint(path: Path, fmt: str) -> dict[str, object]:
+    """Return what tells a frozen image from a changed one: size and virtual_size in bytes, and
+    qcow2: sha256 (hex) over header cluster, L1 table and all L2 tables, which changes when a write allocates or moves
+    a cluster; raw: mtime_ns. Data written in place into an allocated cluster does not show.
+
+    Raise as `approve_chain` does for a single image.
+    """
+    _require_known(fmt, path)
+    with files.UntrustedFiles() as opener:
+        opened = opener.open(path)
+    try:
+        size = opened.status.st_size
+        if fmt == "raw":
+            return {"size": size, "virtual_size": _raw_size(size), "mtime_ns": opened.status.st_mtime_ns}
+        header = _named(opened.path, opened.fd, size)
+        digest = _metadata_digest(opened.fd, header, size, opened.path)
+        return {"size": size, "virtual_size": header.virtual_size, "sha256": digest}
+    finally:
+        os.close(opened.fd)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One opened, looked at and closed file; `backing` is the path to open next."""
+
+    path: str
+    fmt: str
+    header: Header | None
+    status: os.stat_result
+    backing: str | None
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        return self.status.st_dev, self.status.st_ino
+
+
+def _walk(top: Path, fmt: str, roots: Sequence[Path] | None) -> Iterator[_Layer]:
+    """Yield the layers one by one; endless for a cycle, the caller stops it."""
+    with files.UntrustedFiles(roots) as opener:
+        layer = _look(opener, top, fmt)
+        yield layer
+        while layer.backing is not None and layer.header is not None and layer.header.backing_format is not None:
+            try:
+                below = _look(opener, layer.backing, layer.header.backing_format)
+            except NotFound as error:
+                raise _missing(layer, error) from error
+            yield below
+            layer = below
+
+
+def _missing(layer: _Layer, error: NotFound) -> ChainDamaged:
+    hint = "bring the file back, or correct the name: qemu-img rebase -u -b BACKING -F FORMAT IMAGE"
+    return ChainDamaged(f"{layer.path!r}: its backing file is missing: {error.message}", hint=hint)
+
+
+def _look(opener: files.UntrustedFiles, path: Path | str, fmt: str) -> _Layer:
+    """Open, read the header (qcow2 only), close."""
+    _require_known(fmt, path)
+    opened = opener.open(path)
+    where = opened.path
+    try:
+        if fmt == "raw":
+            return _Layer(where, fmt, None, opened.status, None)
+        header = _named(where, opened.fd, opened.status.st_size, reject=True)
+    finally:
+        os.close(opened.fd)
+    return _Layer(where, fmt, header, opened.status, _backing_path(opened.directory, header))
+
+
+def _require_known(fmt: str, path: Path | str) -> None:
+    if fmt not in qcow2.FORMATS:
+        raise UnsupportedDisk(f"{str(path)!r}: format {fmt!r} isn't supported; only qcow2 and raw")
+
+
+def _named(path: str, fd: int, size: int, *, reject: bool = False) -> Header:
+    """Read and check the header; errors name the file."""
+    try:
+        header = _read_header(fd, size)
+        if reject:
+            qcow2.reject_unsafe(header)
+    except DiskchainError as error:
+        raise type(error)(f"{path!r}: {error.message}", hint=error.hint) from error
+    return header
+
+
+def _read_header(fd: int, size: int) -> Header:
+    data = files.read_span(fd, 0, qcow2.FIRST_READ)
+    span = qcow2.header_span(data)
+    if span > len(data):
+        data += files.read_span(fd, len(data), span - len(data))
+    return qcow2.parse_header(data, size)
+
+
+def _backing_path(directory: str, header: Header) -> str | None:
+    """As QEMU resolves it: relative to the directory of the image that names it."""
+    name = header.backing_name
+    if name is None or name.startswith("/"):
+        return name
+    return f"{directory}/{name}"
+
+
+def _linked(layers: Sequence[_Layer]) -> list[ApprovedImage]:
+    """Each layer with the real path of the one below it."""
+    images: list[ApprovedImage] = []
+    below: ApprovedImage | None = None
+    for layer in reversed(layers):
+        below = _approved(layer, below)
+        images.append(below)
+    images.reverse()
+    return images
+
+
+def _approved(layer: _Layer, below: ApprovedImage | None) -> ApprovedImage:
+    size = layer.status.st_size
+    return ApprovedImage(
+        path=Path(layer.path),
+        fmt=layer.fmt,
+        header=layer.header,
+        virtual_size=_raw_size(size) if layer.header is None else layer.header.virtual_size,
+        file_size=size,
+        allocated=layer.status.st_blocks * 512,
+        dev=layer.status.st_dev,
+        ino=layer.status.st_ino,
+        backing=None if below is None else below.path,
+        backing_fmt=None if below is None else below.fmt,
+    )
+
+
+def _raw_size(size: int) -> int:
+    """QEMU shows whole sectors of a raw file."""
+    return -(-size // qcow2.SECTOR) * qcow2.SECTOR
+
+
+def _metadata_digest(fd: int, header: Header, size: int, path: str) -> str:
+    """Hash one table after the other: a full 1 TB disk has 128 MiB of L2 tables, one cluster is held at a time."""
+    l1 = files.read_span(fd, header.l1_offset, header.l1_bytes)
+    offsets = sorted(set(qcow2.l2_offsets(l1)))
+    _check_l2(offsets, header.cluster_size, size, path)
+    digest = hashlib.sha256(files.read_span(fd, 0, header.cluster_size))
+    digest.update(l1)
+    for offset in offsets:
+        digest.update(files.read_span(fd, offset, header.cluster_size))
+    return digest.hexdigest()
+
+
+def _check_l2(offsets: Sequence[int], cluster_size: int, size: int, path: str) -> None:
+    if len(offsets) * cluster_size > MAX_L2_BYTES:
+        raise HostileImage(f"{path!r}: {len(offsets)} L2 tables")
+    for offset in offsets:
+        if offset % cluster_size or offset >= size:
+            raise ChainDamaged(f"{path!r}: L2 table at {offset}, file size {size}")

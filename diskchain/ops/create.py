@@ -1,0 +1,383 @@
+"""create: pause, an overlay for every disk in one transaction, resume; memory is saved while the guest runs.
+
+-         lock; chain healthy; name free; space; background save probed               recover: nothing changed
+intent    journal; memory file and overlays made, verified, synced                     undo: unlink ours
+prepared  the catalog names the overlays (empty ones read the same); watchdog ready    ask QEMU: all-old = undo
+(pause)   stop, one transaction, capture memory, resume: nothing else is in the pause  QEMU gone = forward
+switched  disks are done; the guest runs                                               redo
+saving    memory goes to `.part`                                                       still in QEMU: finish it
+saved     sealed, renamed, catalog; journal removed last                               redo
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from diskchain.chain.model import Catalog, Image, Memory, MiB, Snapshot, snapshot_name
+from diskchain.chain.plan import Plan
+from diskchain.drivers.protocol import VMState
+from diskchain.errors import BadName, ChainDamaged, DiskchainError, MemoryNotSaved, NoSpace, Refused
+from diskchain.host import files
+from diskchain.host.fault import point
+from diskchain.host.process import signals_held
+from diskchain.ops import layers, save_memory
+from diskchain.ops.progress import QUIET, Progress
+from diskchain.ops.vm import VM, new_id, now_utc
+from diskchain.store import journal
+from diskchain.store.journal import Entry
+
+METADATA = 4 * MiB  # an empty overlay and its first tables
+PAUSE_LIMIT = 10.0  # seconds until the watchdog lets the VM go on
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. `memory`: auto, background, paused or never."""
+
+    name: str = ""
+    description: str = ""
+    memory: str = "auto"
+    max_pause: float = 0.5
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is decided before anything changes."""
+
+    snapshot: Snapshot
+    overlays: Mapping[str, Image]
+    state: VMState
+    save: str  # never | background | paused
+    plan: Plan
+
+
+async def prepare(vm: VM, request: Request) -> Prepared:
+    """Look at everything that could stand in the way, and return what `create` would do. Changes nothing.
+
+    Raise BadName, ChainDamaged, HostileImage, NoSpace, MemoryNotSaved, Refused.
+    """
+    state = await vm.driver.state()
+    if state in (VMState.CRITICAL, VMState.CRASHED):
+        raise Refused(f"{vm.name} is {state.value}; a snapshot of it would be of no use",
+                      hint=f"put right what stopped it, then: diskchain resume {vm.name}")  # fmt: skip
+    name = _free_name(vm.catalog, request.name)
+    await asyncio.to_thread(layers.verify_active, vm.catalog)
+    if not state.is_off:
+        await verify_running(vm)
+    overlays = layers.plan_overlays(vm.catalog, vm.catalog.active)
+    save = await _decide_memory(vm, request.memory, state)
+    _check_space(vm, overlays, save)
+    snapshot = Snapshot(
+        id=new_id(), name=name, created=now_utc(), parent=vm.catalog.current, disks=dict(vm.catalog.active),
+        description=request.description, was=state.value, by=getpass.getuser(), creating=True,
+        consistency="off" if state.is_off else "crash",
+        memory=Memory("none" if save == "never" else "saving"),
+    )  # fmt: skip
+    return Prepared(snapshot, overlays, state, save, _plan(vm, snapshot, overlays, state, save))
+
+
+async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapshot:
+    """Make a snapshot; return it as the catalog has it. The VM's lock is held, its journal is empty.
+
+    Raise as `prepare`; DriverFailed when the hypervisor refused (everything was put back). When only the memory could
+    not be saved, the snapshot is returned with `memory.status` "failed".
+    """
+    prepared = await prepare(vm, request)
+    if prepared.save == "paused":
+        progress.warn(f"{vm.name} stands still until its memory is saved")
+    entry = journal.begin(vm.home, "create", prepared.snapshot.id, now_utc(), _journal_data(vm, prepared))
+    try:
+        memory_fd = await _make_files(vm, prepared)
+        try:
+            snapshot = await _switch(vm, entry, prepared, memory_fd)
+        finally:
+            if memory_fd is not None:
+                os.close(memory_fd)
+    except (DiskchainError, OSError, asyncio.CancelledError):
+        if entry.state in ("intent", "prepared"):
+            await undo(vm, entry)
+        raise
+    _warn_of_pause(snapshot, request, progress)
+    return await finish(vm, entry, snapshot, progress)
+
+
+def _free_name(catalog: Catalog, wanted: str) -> str:
+    taken = {s.name for s in catalog.snapshots.values()}
+    if wanted:
+        name = snapshot_name(wanted)
+        if name in taken:
+            raise BadName(f"{catalog.name} has a snapshot {name!r} already", hint="choose another name, or none")
+        return name
+    stem = time.strftime("%Y-%m-%d-%H%M%S")
+    return next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10000))) if n not in taken)
+
+
+async def verify_running(vm: VM) -> None:
+    """Compare what the hypervisor writes to with the catalog. Raise ChainDamaged when they differ."""
+    for target, path in (await vm.driver.active_files()).items():
+        known = vm.catalog.active.get(target)
+        if known is None or vm.catalog.images[known].path != path:
+            raise ChainDamaged(f"{target} of {vm.name} writes to {path}, the catalog says "
+                               f"{vm.catalog.images[known].path if known else 'nothing'}",
+                               hint="something else than diskchain switched its disks; stop the VM and look")  # fmt: skip
+
+
+async def _decide_memory(vm: VM, wanted: str, state: VMState) -> str:
+    if wanted == "never" or (state.is_off and wanted == "auto"):
+        return "never"
+    if state.is_off:
+        raise MemoryNotSaved(f"{vm.name} is off; it has no memory to save", hint="leave --memory away")
+    if wanted == "paused" or state is VMState.PAUSED:
+        return "paused"  # a paused VM is saved as it stands: it would be resumed by a background save
+    await vm.driver.check_background_save()
+    if wanted == "auto":
+        need = save_memory.space_for(vm.driver.memory_bytes()) + save_memory.RESERVE
+        free = files.free_bytes(vm.home.path)
+        if free < need:
+            raise NoSpace(f"saving the memory of {vm.name} needs up to {need // MiB} MiB, {free // MiB} MiB are free",
+                          hint="free space, or use --disk-only")  # fmt: skip
+    return "background"
+
+
+def _check_space(vm: VM, overlays: Mapping[str, Image], save: str) -> None:
+    directories = {image.path.parent for image in overlays.values()}
+    for directory in directories:
+        count = sum(image.path.parent == directory for image in overlays.values())
+        need = METADATA * count
+        if save != "never" and directory.stat().st_dev == vm.home.path.stat().st_dev:
+            need += save_memory.space_for(vm.driver.memory_bytes())
+        if files.free_bytes(directory) < need:
+            raise NoSpace(f"{need // MiB} MiB are needed on {directory}, {files.free_bytes(directory) // MiB} MiB are free",
+                          hint="free space" + ("" if save == "never" else ", or use --disk-only"))  # fmt: skip
+
+
+def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMState, save: str) -> Plan:
+    steps = [
+        f"{t}: freeze {vm.catalog.images[i.backing or ''].path.name}, go on in {i.path.name}"
+        for t, i in overlays.items()
+    ]
+    ram = vm.driver.memory_bytes()
+    if state is VMState.RUNNING:
+        steps.insert(0, "pause the VM (milliseconds)" if save != "paused" else "pause the VM until its memory is saved")
+        steps.append("resume the VM")
+    if save != "never":
+        steps.append(f"save up to {ram // MiB} MiB of memory" + (" while the VM runs" if save == "background" else ""))
+    need = METADATA * len(overlays) + (save_memory.space_for(ram) if save != "never" else 0)
+    downtime = ram / 1e9 if save == "paused" and state is VMState.RUNNING else 0.0
+    return Plan(f"{vm.name}: create snapshot {snapshot.name!r}", tuple(steps), space_needed=need,
+                downtime_estimate_s=round(downtime, 1), point_of_no_return="when the disks are switched")  # fmt: skip
+
+
+def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "name": prepared.snapshot.name,
+        "snapshot": prepared.snapshot.id,
+        "before": dict(vm.catalog.active),
+        "parent": vm.catalog.current,
+        "overlays": {t: {"id": i.id, "path": str(i.path)} for t, i in prepared.overlays.items()},
+        "save": prepared.save,
+        "was": prepared.state.value,
+        "owner": vm.driver.save_owner(),
+    }
+
+
+async def _make_files(vm: VM, prepared: Prepared) -> int | None:
+    """Make the snapshot's directory, configuration, memory file and overlays; return the memory file's descriptor."""
+    directory = vm.home.snapshot_dir(prepared.snapshot.id)
+    with files.os_errors(directory, "create"):
+        directory.mkdir(mode=0o700)
+    definition = await vm.driver.live_definition()
+    body = json.dumps({"driver": definition.driver, "text": definition.text})
+    files.write_durably(directory / "machine.json", body.encode())
+    files.fsync_dir(directory.parent)
+    await layers.make_overlays(vm.catalog, prepared.overlays)
+    if prepared.save == "never":
+        return None
+    ram = vm.driver.memory_bytes()
+    xml = save_memory.domain_xml(vm.name, vm.driver.uuid, ram, 1)
+    return await save_memory.make_file(vm.home, prepared.snapshot.id, xml, ram,
+                                       was_running=prepared.state is VMState.RUNNING)  # fmt: skip
+
+
+async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | None) -> Snapshot:
+    """Cross the point of no return: from `prepared` to `switched` (or `saving`)."""
+    if prepared.state.is_off:
+        entry.advance("prepared")
+        _name_overlays(vm, prepared)
+        return _note_switched(vm, entry, prepared.snapshot, None, "")
+    limit = None if prepared.save == "paused" else PAUSE_LIMIT
+    async with vm.driver.pause_guard(limit=limit) as guard:
+        await vm.driver.prepare_disks(prepared.overlays)
+        if memory_fd is not None:
+            await vm.driver.prepare_memory_save(memory_fd, background=prepared.save == "background")
+        entry.advance("prepared")
+        _name_overlays(vm, prepared)
+        pause = _Pause(vm, guard, prepared)
+        with signals_held():
+            await pause.run()
+        snapshot = replace(prepared.snapshot, pause_ms=pause.milliseconds)
+        return _note_switched(vm, entry, snapshot, pause.captured, pause.why)
+
+
+def _name_overlays(vm: VM, prepared: Prepared) -> None:
+    """The catalog names the new overlays before the switch: an empty overlay reads as what it stands on."""
+    catalog = vm.catalog.with_snapshot(prepared.snapshot)
+    vm.save(catalog.switched_to(prepared.overlays, prepared.snapshot.id))
+
+
+class _Pause:
+    """The pause itself: nothing happens in it that can be done before or after; no file is made, nothing is synced."""
+
+    def __init__(self, vm: VM, guard: Any, prepared: Prepared) -> None:
+        self.vm, self.guard, self.prepared = vm, guard, prepared
+        self.milliseconds: float | None = None
+        self.captured: bool | None = None  # None: no memory was asked for
+        self.why = ""
+
+    async def run(self) -> None:
+        """Stop, switch, capture, resume. Whatever happens, a VM that ran runs again."""
+        driver, ran = self.vm.driver, self.prepared.state is VMState.RUNNING
+        began = time.perf_counter()
+        if ran:
+            self.guard.arm()
+        try:
+            if ran:
+                await driver.pause()
+            point("create.paused")
+            await driver.switch_disks(self.prepared.overlays)
+            point("create.disks-switched")
+            if self.prepared.save != "never":
+                await self._capture()
+            point("create.captured")
+        finally:
+            if ran:
+                await driver.resume()
+        self.milliseconds = round((time.perf_counter() - began) * 1000, 3) if ran else None
+        point("create.resumed")
+        if ran:
+            self.guard.disarm()
+
+    async def _capture(self) -> None:
+        background = self.prepared.save == "background"
+        try:
+            await self.vm.driver.start_memory_save(background=background)
+            while not background and (await self.vm.driver.save_progress()).status == "running":
+                await asyncio.sleep(0.01)
+        except (MemoryNotSaved, asyncio.CancelledError) as error:
+            self.captured, self.why = False, str(error) or "interrupted"
+            return
+        self.captured = not self.guard.fired()
+        if self.guard.fired():
+            self.why = "the watchdog resumed the VM before its memory was captured"
+
+
+def _note_switched(vm: VM, entry: Entry, snapshot: Snapshot, captured: bool | None, why: str) -> Snapshot:
+    """Past the point of no return: journal, then fingerprints of what is frozen now, then the catalog."""
+    if captured is False:
+        snapshot = replace(snapshot, memory=Memory("failed", reason=why))
+    entry.advance("saving" if captured else "switched", pause_ms=snapshot.pause_ms, reason=why)
+    return note_frozen(vm, snapshot)
+
+
+def note_frozen(vm: VM, snapshot: Snapshot) -> Snapshot:
+    """Write the snapshot as made, with fingerprints of the images it froze. Can be repeated."""
+    snapshot = replace(snapshot, creating=False)
+    catalog = layers.freeze(vm.catalog.with_snapshot(snapshot), snapshot.disks.values())
+    vm.save(catalog)
+    return snapshot
+
+
+def _warn_of_pause(snapshot: Snapshot, request: Request, progress: Progress) -> None:
+    if snapshot.pause_ms and snapshot.pause_ms > request.max_pause * 1000 and request.memory != "paused":
+        progress.warn(
+            f"the guest was paused for {snapshot.pause_ms:.0f} ms, longer than {request.max_pause * 1000:.0f} ms"
+        )
+
+
+async def finish(vm: VM, entry: Entry, snapshot: Snapshot, progress: Progress) -> Snapshot:
+    """From `switched` or `saving` to the end. Called by `create` and by recovery."""
+    if entry.state == "switched":
+        files.unlink_durably(save_memory.part_of(vm.home, snapshot.id))
+        entry.close()
+        return snapshot
+    try:
+        snapshot = await save_memory.wait_and_seal(vm, entry, snapshot, progress)
+    except asyncio.CancelledError:
+        save_memory.leave_to_finisher(vm)
+        raise
+    if snapshot.was == "paused" or entry.data["save"] == "paused":
+        await settle_power(vm, snapshot)
+    entry.close()
+    return snapshot
+
+
+async def settle_power(vm: VM, snapshot: Snapshot) -> None:
+    """After a plain save QEMU has let go of its disks (`postmigrate`): bring the VM back to what it was.
+
+    A VM that was paused runs for about a millisecond on the way; QEMU has no other.
+    """
+    if await vm.driver.state() is VMState.STOPPED:
+        return
+    with signals_held():
+        await vm.driver.resume()
+        if snapshot.was == "paused":
+            await vm.driver.pause()
+
+
+# -- undo --------------------------------------------------------------------------------------------------------------
+
+
+async def undo(vm: VM, entry: Entry) -> None:
+    """Take back a create that has not switched any disk: definition first, then the overlays that hold no data."""
+    overlays = planned_overlays(vm, entry)
+    if await vm.driver.state() is not VMState.STOPPED:
+        await vm.driver.forget_prepared(overlays)
+        await vm.driver.end_memory_save()
+    vm.reload()
+    vm.save(without(vm.catalog, entry))
+    for image in overlays.values():
+        if image.path.exists():
+            if not layers.is_empty(image.path):
+                raise ChainDamaged(
+                    f"{image.path} holds data, though no VM ever wrote to it", hint="keep it; diskchain check"
+                )
+            files.unlink_durably(image.path)
+    remove_snapshot_dir(vm, entry.data["snapshot"])
+    entry.close()
+
+
+def without(catalog: Catalog, entry: Entry) -> Catalog:
+    """Return the catalog without anything of this create. Can be repeated."""
+    gone = entry.data["snapshot"]
+    ids = {o["id"] for o in entry.data["overlays"].values()}
+    snapshots = {k: s for k, s in catalog.snapshots.items() if k != gone}
+    return replace(catalog.without_images(ids), snapshots=snapshots, active=dict(entry.data["before"]),
+                   current=entry.data["parent"])  # fmt: skip
+
+
+def planned_overlays(vm: VM, entry: Entry) -> dict[str, Image]:
+    """Return the overlays of a journalled create."""
+    return {
+        target: Image(
+            o["id"], vm.home.disks_dir / o["path"], "qcow2", target, 0, entry.data["before"][target], ours=True
+        )
+        for target, o in entry.data["overlays"].items()
+    }
+
+
+def remove_snapshot_dir(vm: VM, snapshot_id: str) -> None:
+    """Remove a snapshot's directory and the files that we put there. Can be repeated."""
+    directory = vm.home.snapshot_dir(snapshot_id)
+    if directory.is_dir():
+        with files.os_errors(directory, "remove"):
+            for path in directory.iterdir():
+                path.unlink()
+            directory.rmdir()
+        files.fsync_dir(directory.parent)

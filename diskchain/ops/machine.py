@@ -1,0 +1,207 @@
+"""machine define, undefine, list: the machines that diskchain runs itself."""
+
+from __future__ import annotations
+
+import secrets
+import uuid as uuid_module
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diskchain.chain.machine import DiskSpec, Machine, NetSpec, parse_machine_file
+from diskchain.chain.model import Catalog, Image
+from diskchain.chain.qcow2 import ApprovedImage
+from diskchain.drivers import accel
+from diskchain.drivers.machines import Machines, Registered, with_absolute_paths
+from diskchain.drivers.protocol import VMState
+from diskchain.drivers.qemu import QemuDriver
+from diskchain.errors import BadMachineFile, DiskchainError, HostileImage, NotFound, Refused, UsageError, VMRunning
+from diskchain.host import files
+from diskchain.host.locks import vm_lock
+from diskchain.ops.approve import approve_chain, fingerprint
+from diskchain.ops.vm import Host, new_id
+from diskchain.store import catalog as catalog_store
+from diskchain.store.catalog import Home, homes_near
+
+
+@dataclass(frozen=True)
+class Defined:
+    """A machine that was defined. `again`: it was known before; its layers are the catalog's and did not change."""
+
+    machine: Machine
+    home: Path
+    again: bool
+
+
+async def define(host: Host, file: Path) -> Defined:
+    """Define a machine from its file, or define it again. Which layer is active, only the catalog says.
+
+    Raise BadMachineFile naming key and line; NotFound, HostileImage for its images; Refused when an image belongs to
+    another VM, or is a lower layer of a chain.
+    """
+    machine = with_absolute_paths(_parse(file), file.parent.absolute())
+    known = _known(host.machines, machine.name)
+    disks = [_with_format(file, d) for d in machine.disks]
+    chains = {d.target: approve_chain(Path(d.image), d.fmt) for d in disks}
+    machine = replace(machine, disks=tuple(replace(d, image=str(chains[d.target][0].path)) for d in disks))
+    home = _home_of(host, machine, known, chains)
+    machine = await _completed(machine, known, home)
+    with files.os_errors(home.path, "create"):
+        home.make()
+    with vm_lock(home.lock, f"define {machine.name}", wait=host.config.wait):
+        _write_catalog(host, machine, home, chains)
+        host.machines.put(Registered(machine, home.path, str(file.absolute())))
+    return Defined(machine, home.path, known is not None)
+
+
+def _parse(file: Path) -> Machine:
+    try:
+        text = file.read_text()
+    except FileNotFoundError:
+        raise NotFound(f"{file} does not exist", hint="docs/machine-file.md shows one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadMachineFile(f"{file} can't be read: {error}") from None
+    return parse_machine_file(text, str(file))
+
+
+def _known(machines: Machines, name: str) -> Registered | None:
+    try:
+        return machines.get(name)
+    except NotFound:
+        return None
+
+
+def _with_format(file: Path, disk: DiskSpec) -> DiskSpec:
+    """Return the disk with its format: as written, else by the file's name; never by looking into a guest's data."""
+    path = Path(disk.image)
+    fmt = disk.fmt or {".qcow2": "qcow2", ".raw": "raw"}.get(path.suffix, "")
+    if not fmt:
+        raise BadMachineFile(f'{file}: {disk.target}: the format of {path.name} is not clear from its name',
+                             hint=f'add format = "qcow2" or format = "raw" to [[disk]] {disk.target}')  # fmt: skip
+    fd = files.open_untrusted(path.resolve())
+    with open(fd, "rb") as opened:
+        is_qcow2 = opened.read(4) == b"QFI\xfb"
+    if fmt == "raw" and is_qcow2 and not disk.fmt:
+        raise HostileImage(f"{path} is named raw but begins like qcow2", hint='add format = "..." if you are sure')
+    return replace(disk, image=str(path.resolve()), fmt=fmt)
+
+
+def _home_of(host: Host, machine: Machine, known: Registered | None, chains: dict[str, list[ApprovedImage]]) -> Home:
+    """Return where the machine's records are, or will be: known, found by its first disk's image, or new."""
+    if known:
+        return Home(known.home)
+    first = chains[machine.disks[0].target][0].path
+    taken = {r.machine.uuid for r in host.machines.all()}
+    for home in homes_near(first):
+        catalog = catalog_store.load(home)
+        if catalog.uuid not in taken and catalog.image_at(first) and machine.uuid in ("", catalog.uuid):
+            return home
+    return Home.beside(first, machine.uuid or str(uuid_module.uuid4()))
+
+
+async def _completed(machine: Machine, known: Registered | None, home: Home) -> Machine:
+    """Return the machine with uuid, MACs and machine type, kept from before where there is a before."""
+    uuid = home.path.name
+    if machine.uuid not in ("", uuid):
+        raise Refused(
+            f"{machine.name} has the uuid {uuid}, the file says {machine.uuid}", hint="leave uuid out of the file"
+        )
+    old_nets = known.machine.nets if known else ()
+    nets = tuple(_with_mac(net, old_nets[i] if i < len(old_nets) else None) for i, net in enumerate(machine.nets))
+    kind = machine.machine
+    if known and kind in ("q35", "pc") and known.machine.machine.startswith(_PREFIX[kind]):
+        kind = known.machine.machine
+    return replace(machine, uuid=uuid, nets=nets, machine=await accel.versioned_machine(kind))
+
+
+_PREFIX = {"q35": "pc-q35-", "pc": "pc-i440fx-"}
+
+
+def _with_mac(net: NetSpec, old: NetSpec | None) -> NetSpec:
+    if net.mac:
+        return net
+    made = "52:54:00:" + ":".join(f"{b:02x}" for b in secrets.token_bytes(3))
+    return replace(net, mac=old.mac if old else made)
+
+
+def _write_catalog(host: Host, machine: Machine, home: Home, chains: dict[str, list[ApprovedImage]]) -> None:
+    try:
+        catalog = catalog_store.load(home)
+    except NotFound:
+        catalog = Catalog(home.path.name, machine.name)
+    for disk in machine.disks:
+        _refuse_foreign(host, machine, chains[disk.target][0])
+    known = {t for t in (d.target for d in machine.disks) if t in catalog.active}
+    for target in known:
+        _refuse_other_chain(catalog, target, chains[target][0])
+    changed = {d.target for d in machine.disks} ^ set(catalog.active)
+    if changed and catalog.snapshots:
+        raise Refused(f"{machine.name} has snapshots; {', '.join(sorted(changed))} can't be added or removed now",
+                      hint="delete the snapshots first, or keep the disks as they are")  # fmt: skip
+    for disk in machine.disks:
+        if disk.target not in known:
+            catalog = _with_chain(catalog, disk.target, chains[disk.target])
+    targets = tuple(d.target for d in machine.disks)
+    active = {t: catalog.active[t] for t in targets}
+    catalog_store.save(home, replace(catalog, name=machine.name, targets=targets, active=active))
+
+
+def _refuse_other_chain(catalog: Catalog, target: str, top: ApprovedImage) -> None:
+    image = catalog.image_at(top.path)
+    if image is None or image.target != target:
+        raise Refused(f"{target} of {catalog.name} is the chain of {catalog.chain(catalog.active[target])[-1].path}, "
+                      f"{top.path} is not part of it", hint="undefine the machine first, or choose another name")  # fmt: skip
+
+
+def _refuse_foreign(host: Host, machine: Machine, top: ApprovedImage) -> None:
+    """Refuse an image that another VM uses, as active or as lower layer: it would be written under its overlays."""
+    for name, image_path in _images_of_others(host, machine):
+        try:
+            same = image_path.samefile(top.path)
+        except OSError:
+            same = False
+        if same:
+            raise Refused(
+                f"{top.path} is part of the chain of {name}", hint="make an overlay of it, or copy it, and use that"
+            )
+
+
+def _images_of_others(host: Host, machine: Machine) -> Iterator[tuple[str, Path]]:
+    for other in host.machines.all():
+        if other.machine.name == machine.name:
+            continue
+        try:
+            catalog = catalog_store.load(Home(other.home))
+        except DiskchainError:
+            yield from ((other.machine.name, Path(d.image)) for d in other.machine.disks)
+            continue
+        if catalog.uuid != machine.uuid:
+            yield from ((other.machine.name, image.path) for image in catalog.images.values())
+
+
+def _with_chain(catalog: Catalog, target: str, chain: list[ApprovedImage]) -> Catalog:
+    below: str | None = None
+    for found in reversed(chain):
+        if catalog.image_at(found.path):
+            raise UsageError(f"{found.path} is used by two disks of {catalog.name}")
+        mark = fingerprint(found.path, found.fmt) if found is not chain[0] else None
+        image = Image(new_id(), found.path, found.fmt, target, found.virtual_size, below, fingerprint=mark)
+        catalog = catalog.with_images([image])
+        below = image.id
+    return replace(catalog, active={**catalog.active, target: below or ""})
+
+
+async def undefine(host: Host, name: str) -> Path:
+    """Forget a machine's definition; images, snapshots and records stay where they are. Return the records' place.
+
+    Raise NotFound, VMRunning.
+    """
+    registered = host.machines.get(name)
+    driver = QemuDriver(registered, host.machines, host.config.run_dir)
+    try:
+        if await driver.state() is not VMState.STOPPED:
+            raise VMRunning(f"{name} is on", hint=f"diskchain stop {name}")
+    finally:
+        await driver.close()
+    host.machines.remove(name)
+    return registered.home

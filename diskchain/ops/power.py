@@ -1,0 +1,91 @@
+"""start, stop, pause, resume."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from diskchain.drivers.machines import Machines
+from diskchain.drivers.protocol import VMState
+from diskchain.errors import DiskchainError, Refused
+from diskchain.host.fault import point
+from diskchain.ops import delete, layers, recover
+from diskchain.ops.merge import Merged
+from diskchain.ops.progress import QUIET, Progress
+from diskchain.ops.vm import VM
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """What a stop did. `changed` is False when the VM was off already."""
+
+    changed: bool
+    merged: list[Merged]
+
+
+async def start(vm: VM, machines: Machines, progress: Progress = QUIET, *, paused: bool = False) -> bool:
+    """Start the VM on its active layers; return False when it runs already. An interrupted merge is put off for it.
+
+    Raise ChainDamaged, HostileImage before QEMU sees anything that is not as it was left; Refused when it is paused.
+    """
+    state = await vm.driver.state()
+    if state is VMState.RUNNING:
+        return False
+    if not state.is_off:
+        raise Refused(f"{vm.name} is on already, {state.value}", hint=f"diskchain resume {vm.name}")
+    await recover.before_start(vm, machines, progress)
+    if not (await vm.driver.state()).is_off:
+        return True  # what was interrupted had started it
+    await asyncio.to_thread(layers.verify_active, vm.catalog)
+    point("start.launching")
+    await vm.driver.start(vm.catalog.active_chains(), paused=paused)
+    return True
+
+
+async def stop(vm: VM, machines: Machines, progress: Progress = QUIET, *, timeout: float, force: bool = False,
+               merge: bool = True) -> Stopped:  # fmt: skip
+    """Stop the VM: power button, `timeout` seconds; with `force` at once, like a power cut. Then do pending merges.
+
+    Raise DiskchainError when the guest did not end (it goes on running), Refused when it is paused.
+    """
+    state = await vm.driver.state()
+    changed = not state.is_off
+    if changed and force:
+        await vm.driver.kill()
+    elif changed:
+        await _shut_down(vm, state, timeout)
+    if not merge:
+        return Stopped(changed, [])
+    await recover.recover(vm, machines, progress)
+    return Stopped(changed, await delete.merge_pending(vm, machines, progress))
+
+
+async def _shut_down(vm: VM, state: VMState, timeout: float) -> None:
+    if state is not VMState.RUNNING:
+        raise Refused(f"{vm.name} is {state.value}; it can't see its power button",
+                      hint=f"diskchain resume {vm.name}, or: diskchain stop --force {vm.name}")  # fmt: skip
+    if not await vm.driver.power_off(timeout):
+        raise DiskchainError(f"{vm.name} did not shut down within {timeout:.0f} seconds; it goes on running",
+                             hint=f"try again, or: diskchain stop --force {vm.name} (like a power cut)")  # fmt: skip
+
+
+async def pause(vm: VM) -> bool:
+    """Stop the virtual CPUs; return False when they stand already. Raise Refused when the VM is off."""
+    state = await vm.driver.state()
+    if state.is_off:
+        raise Refused(f"{vm.name} is off", hint=f"diskchain start {vm.name}")
+    if state is not VMState.RUNNING:
+        return False
+    await vm.driver.pause()
+    return True
+
+
+async def resume(vm: VM) -> bool:
+    """Let the virtual CPUs go on; return False when they run already. Raise Refused when the VM is off."""
+    state = await vm.driver.state()
+    if state.is_off:
+        raise Refused(f"{vm.name} is off", hint=f"diskchain start {vm.name}")
+    if state is VMState.RUNNING:
+        return False
+    await vm.driver.resume()
+    return True

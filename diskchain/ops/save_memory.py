@@ -1,0 +1,159 @@
+"""Memory of a snapshot: the file before, the waiting during, the seal after."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from diskchain.chain.model import Memory, MiB, Snapshot
+from diskchain.drivers.protocol import VMState
+from diskchain.errors import DiskchainError, NoSpace, ToolFailed
+from diskchain.host import files
+from diskchain.host.fault import point
+from diskchain.host.process import run, spawn_detached
+from diskchain.ops.progress import Progress
+from diskchain.ops.vm import VM
+from diskchain.store import memory_file
+from diskchain.store.catalog import Home
+from diskchain.store.journal import Entry
+
+RESERVE = 64 * MiB  # stays free on the volume when `auto` decides for memory
+
+
+def space_for(ram: int) -> int:
+    """Given RAM in bytes, return the most that its saved memory can take: all pages, 2 % of framing, devices."""
+    return ram + ram // 50 + 32 * MiB
+
+
+def part_of(home: Home, snapshot_id: str) -> Path:
+    """Return the name of a memory file that is not finished."""
+    return home.memory(snapshot_id).with_name("memory.part")
+
+
+async def make_file(home: Home, snapshot_id: str, xml: str, ram: int, *, was_running: bool) -> int:
+    """Create the memory file (0600), write its header, reserve its space; return the descriptor at the stream's place.
+
+    The space is reserved beyond the end of the file (fallocate --keep-size), so that the file's size always is the end
+    of what QEMU wrote, also when we did not live to see it. Raise NoSpace before anything of the VM was touched.
+    """
+    fd = files.create_exclusive(part_of(home, snapshot_id))
+    try:
+        with files.os_errors(part_of(home, snapshot_id), "write"):
+            memory_file.write_header(fd, xml, was_running=was_running)
+        await _reserve(fd, space_for(ram), part_of(home, snapshot_id))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+async def _reserve(fd: int, size: int, path: Path) -> None:
+    try:
+        await run(["fallocate", "--keep-size", "--length", str(size), f"/proc/self/fd/{fd}"], pass_fds=[fd])
+    except ToolFailed as error:
+        if "No space" in error.stderr:
+            raise NoSpace(f"no room for the memory: {size >> 20} MiB are needed beside {path.parent.name}",
+                          hint="free space, or use --disk-only") from error  # fmt: skip
+        if files.free_bytes(path) < size:  # a filesystem that can't reserve
+            raise NoSpace(f"no room for the memory: {size >> 20} MiB are needed", hint="use --disk-only") from error
+
+
+def domain_xml(name: str, uuid: str, ram: int, cpus: int) -> str:
+    """Return the XML in the header of an embedded machine's memory file: enough for people and tools to identify it.
+
+    libvirt can show it (virsh save-image-dumpxml) but not run it: these devices were never libvirt's.
+    """
+    return (f"<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid><memory unit='b'>{ram}</memory>"
+            f"<vcpu>{cpus}</vcpu><os><type arch='x86_64'>hvm</type></os>"
+            "<description>saved by diskchain; use: diskchain revert</description></domain>")  # fmt: skip
+
+
+async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Progress) -> Snapshot:
+    """Wait for the save that runs in QEMU, then make its file the snapshot's memory; or record that it failed.
+
+    Journal state `saving` before, `saved` after. Returns the snapshot as it is in the catalog then.
+    """
+    began = time.monotonic()
+    failure = await _wait(vm, progress)
+    seconds = time.monotonic() - began + float(entry.data.get("save_seconds", 0))
+    if failure:
+        memory = Memory("failed", reason=failure)
+        files.unlink_durably(part_of(vm.home, snapshot.id))
+    else:
+        entry.advance("saved")
+        memory = await seal(vm.home, snapshot.id, seconds)
+    snapshot = replace(vm.catalog.snapshots[snapshot.id], memory=memory,
+                       consistency=_consistency(snapshot, memory))  # fmt: skip
+    vm.save(vm.catalog.with_snapshot(snapshot))
+    with contextlib.suppress(DiskchainError):
+        await vm.driver.end_memory_save()
+    return snapshot
+
+
+def _consistency(snapshot: Snapshot, memory: Memory) -> str:
+    return "memory" if memory.saved else snapshot.consistency
+
+
+async def _wait(vm: VM, progress: Progress) -> str:
+    """Wait until the save is over; return why it failed, or nothing."""
+    shown = False
+    try:
+        while True:
+            now = await vm.driver.save_progress()
+            if now.status != "running":
+                return "" if now.status == "completed" else now.error
+            if now.total and not shown:
+                progress.begin("saving memory", now.total, note="the guest runs; Ctrl-C leaves it to the background")
+                shown = True
+            if shown:
+                progress.update(now.done)
+            await asyncio.sleep(0.05)
+    except DiskchainError as error:
+        if await vm.driver.state() is VMState.STOPPED:
+            return "the VM ended before its memory was saved"
+        raise error
+    finally:
+        if shown:
+            progress.end()
+
+
+async def wait_until_over(vm: VM, progress: Progress) -> None:
+    """Wait until no save is running in the VM; what it saved does not matter."""
+    await _wait(vm, progress)
+
+
+async def seal(home: Home, snapshot_id: str, seconds: float) -> Memory:
+    """Make the finished stream the snapshot's memory: drop the reserve, sync, flip the magic, digest, rename.
+
+    Can be repeated at any point.
+    """
+    part, final = part_of(home, snapshot_id), home.memory(snapshot_id)
+    path = part if part.exists() else final
+    with files.os_errors(path, "finish"):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            size = os.fstat(fd).st_size
+            os.ftruncate(fd, size)  # gives back what was reserved beyond the end
+            await asyncio.to_thread(memory_file.seal, fd)
+            point("memory.sealed")
+            stream = memory_file.read_header(fd).stream
+            digest = await asyncio.to_thread(memory_file.stream_digest, fd, stream)
+        finally:
+            os.close(fd)
+    if path == part:
+        files.rename_durably(part, final)
+    point("memory.renamed")
+    return Memory("saved", size, digest, round(seconds, 3))
+
+
+def leave_to_finisher(vm: VM) -> None:
+    """Start a small process of ours that waits for our lock and finishes the save. Used when we are interrupted."""
+    argv = [sys.executable, "-m", "diskchain", "--quiet", "recover", vm.name, "--finish", "--wait", "1h", "--yes"]
+    spawn_detached(argv, vm.home.path / "finisher.log", env={
+        "DISKCHAIN_STATE_DIR": str(vm.config.state_dir), "DISKCHAIN_RUN_DIR": str(vm.config.run_dir),
+        "DISKCHAIN_FAULT": ""})  # fmt: skip

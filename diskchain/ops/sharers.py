@@ -1,0 +1,93 @@
+"""Who else uses an image? Merging into a shared base destroys its other overlays in silence; so ask everybody first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from diskchain.chain import qcow2
+from diskchain.chain.model import Image
+from diskchain.drivers.machines import Machines
+from diskchain.errors import DiskchainError, HasSharers
+from diskchain.host import files
+from diskchain.ops.vm import VM
+from diskchain.store import catalog as catalog_store
+from diskchain.store.catalog import Home
+
+_MAGIC = b"QFI\xfb"
+
+
+def refuse_shared(vm: VM, machines: Machines, image: Image, mine: Iterable[Image]) -> None:
+    """Raise HasSharers, naming them, when anybody but the images `mine` uses the image.
+
+    Looked through: all machines and their catalogs, every file beside any known disk (by device and inode, so other
+    names and hard links count), and the image's link count.
+    """
+    status = image.path.stat()
+    if status.st_nlink > 1:
+        raise HasSharers(f"{image.path} has {status.st_nlink} names (hard links); who uses the others is not known",
+                         hint="copy it to a file of its own first (cp --reflink=auto)")  # fmt: skip
+    known = {i.path.resolve() for i in mine} | {image.path.resolve()}
+    target = (status.st_dev, status.st_ino)
+    users = sorted(
+        set(_other_machines(vm, machines, target)) | set(_overlays_in_directories(vm, machines, target, known))
+    )
+    if users:
+        raise HasSharers(f"{image.path} is used by {', '.join(users)} too; merging into it would destroy them",
+                         hint="merge nothing into a shared base; delete or move the other users first")  # fmt: skip
+
+
+def _other_machines(vm: VM, machines: Machines, target: tuple[int, int]) -> Iterable[str]:
+    for other in machines.all():
+        if other.machine.uuid == vm.driver.uuid:
+            continue
+        paths = [Path(d.image) for d in other.machine.disks]
+        with contextlib.suppress(DiskchainError):
+            paths += [i.path for i in catalog_store.load(Home(other.home)).images.values()]
+        if any(_identity(p) == target for p in paths):
+            yield f"the machine {other.machine.name}"
+
+
+def _overlays_in_directories(vm: VM, machines: Machines, target: tuple[int, int], known: set[Path]) -> Iterable[str]:
+    directories = {i.path.parent.resolve() for i in vm.catalog.images.values()}
+    for other in machines.all():
+        directories |= {Path(d.image).parent.resolve() for d in other.machine.disks}
+    for directory in directories:
+        for path in _files(directory):
+            if path.resolve() not in known and _backs_on(path, target):
+                yield str(path)
+
+
+def _files(directory: Path) -> Iterable[Path]:
+    try:
+        with os.scandir(directory) as entries:
+            return [Path(e.path) for e in entries if e.is_file(follow_symlinks=False) and not e.name.endswith(".trash")]
+    except OSError:
+        return []
+
+
+def _backs_on(path: Path, target: tuple[int, int]) -> bool:
+    try:
+        fd = files.open_untrusted(path)
+    except DiskchainError:
+        return False
+    try:
+        if files.read_span(fd, 0, 4) != _MAGIC:
+            return False
+        data = files.read_span(fd, 0, 1 << 16)
+        name = qcow2.parse_header(data, os.fstat(fd).st_size).backing_name
+    except DiskchainError:
+        return False
+    finally:
+        os.close(fd)
+    return name is not None and _identity(path.parent / name) == target
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,129 @@
+"""One VM at hand: its driver, its records, its lock."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from diskchain.chain.model import Catalog, vm_name
+from diskchain.config import Config
+from diskchain.drivers.machines import Machines
+from diskchain.drivers.protocol import Driver
+from diskchain.drivers.qemu import QemuDriver
+from diskchain.errors import ChainDamaged, DiskchainError, DriverFailed, NotFound, Unfinished
+from diskchain.host.locks import vm_lock
+from diskchain.store import catalog as catalog_store
+from diskchain.store import journal
+from diskchain.store.catalog import Home
+
+
+def new_id() -> str:
+    """Return a fresh id for an image, a snapshot or an operation: 12 hex digits."""
+    return secrets.token_hex(6)
+
+
+def now_utc() -> str:
+    """Return the time as ISO 8601 UTC, for display only; nothing is decided by a clock."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class VM:
+    """A VM, its records and its driver. `catalog` is what was last read or written."""
+
+    def __init__(self, driver: Driver, home: Home, config: Config) -> None:
+        self.driver = driver
+        self.home = home
+        self.config = config
+        self.catalog: Catalog = catalog_store.load(home)
+
+    @property
+    def name(self) -> str:
+        """The name that admins use."""
+        return self.driver.name
+
+    def save(self, catalog: Catalog) -> None:
+        """Write the catalog durably, and go on with it."""
+        catalog_store.save(self.home, catalog)
+        self.catalog = catalog
+
+    def reload(self) -> None:
+        """Read the catalog afresh."""
+        self.catalog = catalog_store.load(self.home)
+
+
+class Host:
+    """All VMs that this host's diskchain can reach."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.machines = Machines(config.state_dir)
+
+    def names(self) -> list[str]:
+        """Return the names of all VMs, sorted."""
+        return self.machines.names()
+
+    @contextlib.asynccontextmanager
+    async def look(self, name: str) -> AsyncIterator[VM]:
+        """Open a VM for reading: no lock, nothing is repaired. Raise NotFound, RecordDamaged."""
+        vm = self._open(name, socket="info")
+        try:
+            yield vm
+        finally:
+            await vm.driver.close()
+
+    @contextlib.asynccontextmanager
+    async def change(self, name: str, operation: str, *, wait: float | None = None) -> AsyncIterator[VM]:
+        """Open a VM for a change: hold its lock. An interrupted operation is the caller's to resolve first.
+
+        Raise NotFound, RecordDamaged, Busy.
+        """
+        home = self._home(name)
+        with vm_lock(home.lock, f"{operation} {name}", wait=self.config.wait if wait is None else wait):
+            vm = self._open(name, socket="qmp")
+            try:
+                yield vm
+            finally:
+                await vm.driver.close()
+
+    def _home(self, name: str) -> Home:
+        home = Home(self.machines.get(plain(name)).home)
+        if not home.path.is_dir():
+            raise ChainDamaged(f"the records of {name} are gone: {home.path} does not exist",
+                               hint="bring the directory back, or define the machine again from its file")  # fmt: skip
+        return home
+
+    def _open(self, name: str, *, socket: str) -> VM:
+        registered = self.machines.get(plain(name))
+        driver = QemuDriver(registered, self.machines, self.config.run_dir, socket=socket)
+        home = self._home(name)
+        try:
+            return VM(driver, home, self.config)
+        except NotFound as error:
+            raise ChainDamaged(f"the catalog of {name} is missing: {home.catalog}",
+                               hint="bring it back from a backup; RECOVER.txt beside it lists the chain") from error  # fmt: skip
+
+
+def plain(name: str) -> str:
+    """Given what an admin typed (`web1` or `qemu:web1`), return the machine's name. Raise NotFound for what can't be."""
+    bare = name.removeprefix("qemu:")
+    try:
+        return vm_name(bare)
+    except DiskchainError:
+        raise NotFound(f"there is no VM {name!r}", hint="diskchain machine list") from None
+
+
+def refuse_unfinished(vm: VM) -> None:
+    """Raise Unfinished when an operation on the VM was interrupted."""
+    if journal.is_open(vm.home):
+        raise Unfinished(f"an earlier operation on {vm.name} was interrupted", hint=f"diskchain recover {vm.name}")
+
+
+def console_of(driver: Driver) -> Path | None:
+    """Return the console log of an embedded machine."""
+    return driver.home / "console.log" if isinstance(driver, QemuDriver) else None
+
+
+__all__ = ["VM", "DriverFailed", "Host", "console_of", "new_id", "now_utc", "plain", "refuse_unfinished"]

@@ -1,0 +1,166 @@
+"""The catalog on disk: `.diskchain/<uuid>/` beside the VM's first disk. It travels with the disks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from diskchain.chain.model import Catalog, Image, Memory, Snapshot
+from diskchain.errors import NoSpace, NotFound, RecordDamaged
+from diskchain.host import files
+from diskchain.host.fault import point
+from diskchain.store import record
+
+HOME = ".diskchain"
+_RESERVE = 1 << 20
+
+
+class Home:
+    """The directory of one VM's records, and the names in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.catalog = path / "catalog.json"
+        self.journal = path / "journal"
+        self.lock = path / "lock"
+        self.reserve = path / "reserve"
+        self.recover_txt = path / "RECOVER.txt"
+
+    @classmethod
+    def beside(cls, disk: Path, uuid: str) -> Home:
+        """Return the home of the VM whose first disk is the given file."""
+        return cls(disk.parent / HOME / uuid)
+
+    @property
+    def disks_dir(self) -> Path:
+        """The directory that paths in the catalog are relative to."""
+        return self.path.parent.parent
+
+    def snapshot_dir(self, snapshot_id: str) -> Path:
+        """Return the directory of a snapshot's configuration and memory."""
+        return self.path / "snapshots" / snapshot_id
+
+    def memory(self, snapshot_id: str) -> Path:
+        """Return the path of a snapshot's saved memory."""
+        return self.snapshot_dir(snapshot_id) / "memory"
+
+    def make(self) -> None:
+        """Create the directories (mode 0700: guest memory is secrets) and the reserve of 1 MiB."""
+        for directory in (self.path.parent, self.path, self.journal, self.path / "snapshots"):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        self.fill_reserve()
+        files.fsync_dir(self.path.parent)
+        files.fsync_dir(self.path)
+
+    def fill_reserve(self) -> None:
+        """Make sure of 1 MiB that a delete can fall back on when the volume is full; quietly nothing when it is."""
+        if self.reserve.exists() and self.reserve.stat().st_blocks * 512 >= _RESERVE:
+            return
+        fd = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, _RESERVE)
+        except OSError:
+            os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+
+    def release_reserve(self) -> None:
+        """Give the reserve back to the volume, so that records can be written at 0 bytes free."""
+        self.reserve.unlink(missing_ok=True)
+
+
+def homes_near(disk: Path) -> Iterator[Home]:
+    """Yield the homes that stand beside a disk."""
+    parent = disk.parent / HOME
+    if parent.is_dir():
+        for entry in sorted(parent.iterdir()):
+            if (entry / "catalog.json").exists():
+                yield Home(entry)
+
+
+def load(home: Home) -> Catalog:
+    """Return the VM's catalog. Raise NotFound, RecordDamaged."""
+    body = record.read(home.catalog, "catalog")
+    try:
+        return _from_json(body, home.disks_dir)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordDamaged(f"{home.catalog} holds something else than a catalog ({error!r:.80})") from None
+
+
+def save(home: Home, catalog: Catalog) -> None:
+    """Write the catalog and RECOVER.txt durably. At 0 bytes free the reserve is used. Raise NoSpace, Refused."""
+    point("catalog.save.before")
+    body = _to_json(catalog, home.disks_dir)
+    with_reserve(home, lambda: record.write(home.catalog, "catalog", body))
+    with_reserve(home, lambda: files.write_durably(home.recover_txt, recover_text(home, catalog).encode()))
+    point("catalog.save.after")
+
+
+def with_reserve(home: Home, write: Any) -> None:
+    """Run `write`; when the volume is full, release the reserve and run it again. Raise NoSpace the second time."""
+    try:
+        write()
+    except NoSpace:
+        home.release_reserve()
+        write()
+
+
+def exists(home: Home) -> bool:
+    """Whether the VM has a catalog."""
+    try:
+        record.read(home.catalog, "catalog")
+    except NotFound:
+        return False
+    return True
+
+
+def _short(path: Path, root: Path) -> str:
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def _to_json(catalog: Catalog, root: Path) -> dict[str, Any]:
+    body = asdict(catalog)
+    for key, image in catalog.images.items():
+        body["images"][key]["path"] = _short(image.path, root)
+    return body
+
+
+def _from_json(body: dict[str, Any], root: Path) -> Catalog:
+    images = {k: Image(**{**v, "path": root / v["path"]}) for k, v in body["images"].items()}
+    snapshots = {
+        k: Snapshot(**{**v, "memory": Memory(**v["memory"]), "partial": tuple(v["partial"])})
+        for k, v in body["snapshots"].items()
+    }
+    return Catalog(**{**body, "images": images, "snapshots": snapshots, "targets": tuple(body["targets"])})
+
+
+def recover_text(home: Home, catalog: Catalog) -> str:
+    """Return RECOVER.txt: how to open every state of the VM with plain qemu-img, should diskchain be gone."""
+    lines = [
+        f"The disks of {catalog.name} ({catalog.uuid}), as diskchain left them.",
+        "Every file is plain qcow2 (or raw). Nothing here needs diskchain.",
+        "",
+        "The present: let the VM's disks point to",
+        *(f"  {t}: {catalog.images[i].path}" for t, i in catalog.active.items()),
+        "",
+        "Should a reference to a backing file be lost, these commands restore it (with the VM off):",
+        *(
+            f"  qemu-img rebase -u -f qcow2 -F {catalog.images[i.backing].fmt} -b '{catalog.images[i.backing].path}' '{i.path}'"
+            for i in catalog.images.values()
+            if i.backing
+        ),
+        "",
+        "Snapshots (frozen images: never write to them, make an overlay on them first):",
+    ]
+    for s in catalog.visible():
+        lines.append(f"  {s.name} ({s.created})")
+        for target, image_id in s.disks.items():
+            image = catalog.images[image_id]
+            fresh = image.path.with_suffix(f".{s.id}.restore.qcow2")
+            lines.append(f"    qemu-img create -f qcow2 -F {image.fmt} -b '{image.path}' '{fresh}'   # {target}")
+        if s.memory.saved:
+            lines.append(f"    memory: {home.memory(s.id)}")
+    return "\n".join(lines) + "\n"
