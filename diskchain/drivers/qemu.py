@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -26,6 +25,7 @@ from diskchain.host.process import (
     ProcessId,
     boot_id,
     find_process,
+    our_module,
     process_id,
     scope,
     spawn_detached,
@@ -229,7 +229,8 @@ class QemuDriver:
                 lines = [line for line in log.read().decode("utf-8", "replace").splitlines() if "warning:" not in line]
         except OSError:
             lines = []
-        return lines[-1] if lines else "QEMU said nothing"
+        said = "; ".join(line.removeprefix("qemu-system-x86_64: ") for line in lines[-2:])
+        return said or "QEMU said nothing"
 
     async def power_off(self, timeout: float) -> bool:
         """Press the ACPI power button (again every 30 seconds: a guest that still boots misses the first)."""
@@ -289,10 +290,11 @@ class QemuDriver:
 
     @contextlib.asynccontextmanager
     async def _guard(self, limit: float | None) -> AsyncIterator[PauseGuard]:
-        argv = [sys.executable, "-m", "diskchain.drivers.watchdog", str(self.run_dir / "watch.sock")]
+        argv, env = our_module("diskchain.drivers.watchdog")
+        argv.append(str(self.run_dir / "watch.sock"))
         if limit is not None:
             argv.append(str(limit))
-        guard = await _Watchdog.start(argv, self.home / "watchdog.log")
+        guard = await _Watchdog.start(argv, self.home / "watchdog.log", env)
         try:
             yield guard
         finally:
@@ -354,8 +356,8 @@ class _Watchdog:
         self._fired = asyncio.create_task(self._listen())
 
     @classmethod
-    async def start(cls, argv: list[str], log: Path) -> _Watchdog:
-        child = await spawn_piped(argv, log, without=("DISKCHAIN_FAULT",))
+    async def start(cls, argv: list[str], log: Path, env: Mapping[str, str]) -> _Watchdog:
+        child = await spawn_piped(argv, log, env=env)
         assert child.stdout
         if await asyncio.wait_for(child.stdout.readline(), 30) != b"ready\n":
             raise DriverFailed("the watchdog that guards the pause did not start", hint=f"see {log}")

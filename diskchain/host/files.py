@@ -29,7 +29,9 @@ _NO_XATTR = (errno.ENODATA, errno.ENOTSUP)
 
 
 class Opened(NamedTuple):
-    """An open regular file: its descriptor (the caller closes it), the real directory, its name there, its fstat."""
+    """An open regular file: its descriptor (the caller closes it), the real directory (ending in a slash), its name
+    there, its fstat.
+    """
 
     fd: int
     directory: str
@@ -39,7 +41,7 @@ class Opened(NamedTuple):
     @property
     def path(self) -> str:
         """Absolute; the directory has no symlinks left and the file is none."""
-        return f"{self.directory.rstrip('/')}/{self.name}"
+        return self.directory + self.name
 
 
 def translated(error: OSError, path: Path | str, action: str) -> DiskchainError:
@@ -88,7 +90,7 @@ class UntrustedFiles:
     def __init__(self, roots: Sequence[Path] | None = None) -> None:
         self._roots = None if roots is None else tuple(_with_slash(os.path.realpath(root)) for root in roots)
         self._named = ""
-        self._directory = ""
+        self._directory = ""  # the real one, ending in a slash
         self._handle = -1
 
     def __enter__(self) -> Self:
@@ -103,9 +105,11 @@ class UntrustedFiles:
         Refused without permission.
         """
         text = str(path)
-        directory, slash, name = text.rpartition("/")
+        cut = text.rfind("/") + 1
+        directory, name = text[:cut] or ".", text[cut:]
         try:
-            self._pin(directory + slash or ".", text)
+            if directory != self._named or self._handle < 0:
+                self._pin(directory, text)
             seen = os.stat(name, dir_fd=self._handle, follow_symlinks=False)
             _require_regular(seen, text)
             fd = os.open(name, _UNTRUSTED, dir_fd=self._handle)
@@ -121,13 +125,12 @@ class UntrustedFiles:
         return Opened(fd, self._directory, name, status)
 
     def _pin(self, directory: str, path: str) -> None:
-        """Hold that directory, unless it is the one held already."""
-        if directory == self._named and self._handle >= 0:
-            return
+        """Hold that directory, in place of the one held so far."""
         self._unpin()
         self._handle = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._named = directory
-        self._directory = os.readlink(f"/proc/self/fd/{self._handle}")  # noqa: PTH115 - bytes as the kernel has them
+        real = os.readlink(f"/proc/self/fd/{self._handle}")  # noqa: PTH115 - bytes as the kernel has them
+        self._directory = _with_slash(real)
         self._require_inside(path)
 
     def _unpin(self) -> None:
@@ -136,7 +139,7 @@ class UntrustedFiles:
             self._handle = -1
 
     def _require_inside(self, path: str) -> None:
-        where = _with_slash(self._directory)
+        where = self._directory
         if not where.startswith("/"):  # "(unreachable)/..." after a detached mount
             self._unpin()
             raise Refused(f"{path!r} lies on no path that can be reached")

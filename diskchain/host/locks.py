@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from diskchain.errors import Busy, DiskchainError, Refused
+from diskchain.host.files import os_errors
 from diskchain.host.process import process_id
 
 # QEMU >= 2.10 takes OFD locks on single bytes of every image: 100+bit for a permission it uses, 200+bit for one it
@@ -110,7 +111,8 @@ def guard_images(paths: Sequence[Path], *, wait: float, users: Callable[[Path], 
     with contextlib.ExitStack() as stack:
         fds = []
         for path in paths:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            with os_errors(path, "open for writing"):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             stack.callback(os.close, fd)
             fds.append(fd)
             _lock_within(fd, path, wait, users)

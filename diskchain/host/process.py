@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ from diskchain.errors import NotFound, ToolFailed
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
+_OUR_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def our_module(name: str) -> tuple[list[str], dict[str, str]]:
+    """Return the words and the environment that run one of our own modules, from wherever we run ourselves."""
+    known = os.environ.get("PYTHONPATH", "")
+    path = _OUR_ROOT + (os.pathsep + known if known else "")
+    return [sys.executable, "-m", name], {"PYTHONPATH": path, "DISKCHAIN_FAULT": ""}
 
 
 @dataclass(frozen=True)
@@ -137,18 +146,16 @@ def spawn_detached(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str
         os.close(fd)
 
 
-async def spawn_piped(
-    argv: Sequence[str], log_file: Path, *, without: Sequence[str] = ()
-) -> asyncio.subprocess.Process:
+async def spawn_piped(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str]) -> asyncio.subprocess.Process:
     """Start a program that outlives us, with pipes for stdin and stdout; stderr goes to `log_file`.
 
-    `without`: environment variables that it does not get.
+    `env`: environment variables that it gets besides ours.
     """
     fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         return await asyncio.create_subprocess_exec(
             *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=fd, start_new_session=True,
-            env={key: value for key, value in os.environ.items() if key not in without},
+            env={**os.environ, **env},
         )  # fmt: skip
     finally:
         os.close(fd)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from diskchain.chain import qcow2
 from diskchain.chain.qcow2 import ApprovedImage, Header
@@ -29,9 +29,10 @@ def approve_chain(
     layers: list[_Layer] = []
     seen: set[tuple[int, int]] = set()
     for layer in _walk(top, fmt, roots):
-        if layer.identity in seen:
+        identity = layer.status.st_dev, layer.status.st_ino
+        if identity in seen:
             raise HostileImage(f"the chain of {str(top)!r} has a cycle: it comes back to {layer.path!r}")
-        seen.add(layer.identity)
+        seen.add(identity)
         layers.append(layer)
         if len(layers) == max_depth and layer.backing is not None:
             hint = "merge snapshots (diskchain delete), or flatten it: qemu-img convert"
@@ -53,15 +54,14 @@ def fingerprint(path: Path, fmt: str) -> dict[str, object]:
         size = opened.status.st_size
         if fmt == "raw":
             return {"size": size, "virtual_size": _raw_size(size), "mtime_ns": opened.status.st_mtime_ns}
-        header = _named(opened.path, opened.fd, size)
+        header = checked_header(opened, reject=False)
         digest = _metadata_digest(opened.fd, header, size, opened.path)
         return {"size": size, "virtual_size": header.virtual_size, "sha256": digest}
     finally:
         os.close(opened.fd)
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
+class _Layer(NamedTuple):
     """One opened, looked at and closed file; `backing` is the path to open next."""
 
     path: str
@@ -69,10 +69,6 @@ class _Layer:
     header: Header | None
     status: os.stat_result
     backing: str | None
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        return self.status.st_dev, self.status.st_ino
 
 
 def _walk(top: Path, fmt: str, roots: Sequence[Path] | None) -> Iterator[_Layer]:
@@ -98,14 +94,13 @@ def _look(opener: files.UntrustedFiles, path: Path | str, fmt: str) -> _Layer:
     """Open, read the header (qcow2 only), close."""
     _require_known(fmt, path)
     opened = opener.open(path)
-    where = opened.path
     try:
         if fmt == "raw":
-            return _Layer(where, fmt, None, opened.status, None)
-        header = _named(where, opened.fd, opened.status.st_size, reject=True)
+            return _Layer(opened.path, fmt, None, opened.status, None)
+        header = checked_header(opened)
     finally:
         os.close(opened.fd)
-    return _Layer(where, fmt, header, opened.status, _backing_path(opened.directory, header))
+    return _Layer(opened.path, fmt, header, opened.status, _backing_path(opened.directory, header))
 
 
 def _require_known(fmt: str, path: Path | str) -> None:
@@ -113,14 +108,14 @@ def _require_known(fmt: str, path: Path | str) -> None:
         raise UnsupportedDisk(f"{str(path)!r}: format {fmt!r} isn't supported; only qcow2 and raw")
 
 
-def _named(path: str, fd: int, size: int, *, reject: bool = False) -> Header:
-    """Read and check the header; errors name the file."""
+def checked_header(opened: files.Opened, *, reject: bool = True) -> Header:
+    """Given an open qcow2 image, return its header; with `reject` only if QEMU may be shown it. Errors name the file."""
     try:
-        header = _read_header(fd, size)
+        header = _read_header(opened.fd, opened.status.st_size)
         if reject:
             qcow2.reject_unsafe(header)
     except DiskchainError as error:
-        raise type(error)(f"{path!r}: {error.message}", hint=error.hint) from error
+        raise type(error)(f"{opened.path!r}: {error.message}", hint=error.hint) from error
     return header
 
 
@@ -133,37 +128,31 @@ def _read_header(fd: int, size: int) -> Header:
 
 
 def _backing_path(directory: str, header: Header) -> str | None:
-    """As QEMU resolves it: relative to the directory of the image that names it."""
+    """As QEMU resolves it: relative to the directory (ending in a slash) of the image that names it."""
     name = header.backing_name
     if name is None or name.startswith("/"):
         return name
-    return f"{directory}/{name}"
+    return directory + name
 
 
 def _linked(layers: Sequence[_Layer]) -> list[ApprovedImage]:
     """Each layer with the real path of the one below it."""
-    images: list[ApprovedImage] = []
-    below: ApprovedImage | None = None
-    for layer in reversed(layers):
-        below = _approved(layer, below)
-        images.append(below)
-    images.reverse()
-    return images
+    return [_approved(layer, below) for layer, below in zip(layers, [*layers[1:], None], strict=True)]
 
 
-def _approved(layer: _Layer, below: ApprovedImage | None) -> ApprovedImage:
-    size = layer.status.st_size
+def _approved(layer: _Layer, below: _Layer | None) -> ApprovedImage:
+    status = layer.status
     return ApprovedImage(
-        path=Path(layer.path),
-        fmt=layer.fmt,
-        header=layer.header,
-        virtual_size=_raw_size(size) if layer.header is None else layer.header.virtual_size,
-        file_size=size,
-        allocated=layer.status.st_blocks * 512,
-        dev=layer.status.st_dev,
-        ino=layer.status.st_ino,
-        backing=None if below is None else below.path,
-        backing_fmt=None if below is None else below.fmt,
+        layer.path,
+        layer.fmt,
+        layer.header,
+        _raw_size(status.st_size) if layer.header is None else layer.header.virtual_size,
+        status.st_size,
+        status.st_blocks * 512,
+        status.st_dev,
+        status.st_ino,
+        None if below is None else below.path,
+        None if below is None else below.fmt,
     )
 
 
@@ -176,7 +165,7 @@ def _metadata_digest(fd: int, header: Header, size: int, path: str) -> str:
     """Hash one table after the other: a full 1 TB disk has 128 MiB of L2 tables, one cluster is held at a time."""
     l1 = files.read_span(fd, header.l1_offset, header.l1_bytes)
     offsets = sorted(set(qcow2.l2_offsets(l1)))
-    _check_l2(offsets, header.cluster_size, size, path)
+    check_l2(offsets, header.cluster_size, size, path)
     digest = hashlib.sha256(files.read_span(fd, 0, header.cluster_size))
     digest.update(l1)
     for offset in offsets:
@@ -184,7 +173,8 @@ def _metadata_digest(fd: int, header: Header, size: int, path: str) -> str:
     return digest.hexdigest()
 
 
-def _check_l2(offsets: Sequence[int], cluster_size: int, size: int, path: str) -> None:
+def check_l2(offsets: Sequence[int], cluster_size: int, size: int, path: str) -> None:
+    """Raise HostileImage for more L2 tables than any disk needs, ChainDamaged for one in a wrong place."""
     if len(offsets) * cluster_size > MAX_L2_BYTES:
         raise HostileImage(f"{path!r}: {len(offsets)} L2 tables")
     for offset in offsets:

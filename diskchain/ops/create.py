@@ -101,11 +101,23 @@ async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapsh
             if memory_fd is not None:
                 os.close(memory_fd)
     except (DiskchainError, OSError, asyncio.CancelledError):
-        if entry.state in ("intent", "prepared"):
-            await undo(vm, entry)
-        raise
+        snapshot_or_none = await _after_failure(vm, entry, progress)
+        if snapshot_or_none is None:
+            raise
+        return snapshot_or_none
     _warn_of_pause(snapshot, request, progress)
     return await finish(vm, entry, snapshot, progress)
+
+
+async def _after_failure(vm: VM, entry: Entry, progress: Progress) -> Snapshot | None:
+    """Something failed before `switched` was noted. Return the snapshot when the disks were switched all the same."""
+    if entry.state == "intent":
+        await undo(vm, entry)
+    elif entry.state == "prepared":
+        outcome, _ = await resolve_prepared(vm, entry, progress)
+        if outcome == "finished":
+            return vm.catalog.snapshots[entry.data["snapshot"]]
+    return None
 
 
 def _free_name(catalog: Catalog, wanted: str) -> str:
@@ -329,6 +341,66 @@ async def settle_power(vm: VM, snapshot: Snapshot) -> None:
         await vm.driver.resume()
         if snapshot.was == "paused":
             await vm.driver.pause()
+
+
+# -- when it was interrupted around the pause -------------------------------------------------------------------------
+
+
+async def resolve_prepared(vm: VM, entry: Entry, progress: Progress) -> tuple[str, str]:
+    """From `prepared`, not knowing more: ask a running QEMU; without one the overlays may hold guest writes (forward).
+
+    Return `undone` or `finished`, and a note.
+    """
+    named = entry.data["snapshot"] in vm.catalog.snapshots
+    switched = await _switched(vm, entry)
+    if switched is False or (switched is None and not named):
+        await undo(vm, entry)
+        await _let_run(vm, entry)
+        return "undone", "the VM's disks were not switched"
+    await _wait_for_stray_save(vm, entry, progress)
+    await _let_run(vm, entry)
+    snapshot = note_frozen(vm, vm.catalog.snapshots[entry.data["snapshot"]])
+    if snapshot.memory.status == "saving":
+        return without_memory(vm, entry, "interrupted while the VM was paused")
+    entry.close()
+    return "finished", "the VM's disks were switched"
+
+
+def without_memory(vm: VM, entry: Entry, why: str) -> tuple[str, str]:
+    """The snapshot stays, as a disk snapshot; the reason is kept with it."""
+    snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
+    files.unlink_durably(save_memory.part_of(vm.home, snapshot.id))
+    vm.save(vm.catalog.with_snapshot(replace(snapshot, memory=Memory("failed", reason=why))))
+    entry.close()
+    return "finished", f"without memory: {why}"
+
+
+async def _switched(vm: VM, entry: Entry) -> bool | None:
+    """Whether the running VM is on the new overlays; None when no VM runs. Raise ChainDamaged when it is mixed."""
+    if (await vm.driver.state()).is_off:
+        return None
+    active = await vm.driver.active_files()
+    new = {t: image.path for t, image in planned_overlays(vm, entry).items()}
+    count = sum(active.get(t) == path for t, path in new.items())
+    if 0 < count < len(new):
+        raise ChainDamaged(f"{count} of {len(new)} disks of {vm.name} were switched; that can't be",
+                           hint="stop the VM and keep every file")  # fmt: skip
+    return count > 0
+
+
+async def _wait_for_stray_save(vm: VM, entry: Entry, progress: Progress) -> None:
+    """A save whose instant is not certain is of no use, but QEMU < 10 must not be told to cancel it."""
+    if entry.data["save"] == "never" or (await vm.driver.state()).is_off:
+        return
+    if vm.driver.save_owner() == entry.data["owner"]:
+        await save_memory.wait_until_over(vm, progress)
+        await vm.driver.end_memory_save()
+
+
+async def _let_run(vm: VM, entry: Entry) -> None:
+    """A VM that ran before the pause runs again (the watchdog did that already, unless it was killed too)."""
+    if entry.data["was"] == "running" and await vm.driver.state() is VMState.PAUSED:
+        await vm.driver.resume()
 
 
 # -- undo --------------------------------------------------------------------------------------------------------------

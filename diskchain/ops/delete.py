@@ -138,7 +138,7 @@ def _journal_data(deletion: Deletion) -> dict[str, Any]:
         "name": deletion.snapshot.name,
         "folds": [{"target": f.target, "top": f.top.id, "into": f.into.id, "overlays": [d.id for d in f.overlays],
                    "top_path": str(f.top.path)} for f in deletion.folds],
-        "unlinks": [{"id": i.id, "path": str(i.path)} for i in deletion.unlinks],
+        "unlinks": [{"id": i.id, "path": str(i.path), "target": i.target} for i in deletion.unlinks],
         "kept": [i.id for i in deletion.kept],
         "unclean": deletion.snapshot.merge_begun,
     }  # fmt: skip
@@ -164,7 +164,7 @@ async def carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
     remove_snapshot_dir(vm, entry.data["snapshot"])
     entry.close()
     vm.home.fill_reserve()
-    merged += [Merged(u["path"], u["path"], "", 0, 0.0, "unlink") for u in entry.data["unlinks"]]
+    merged += [Merged(u["target"], u["path"], "", 0, 0.0, "unlink") for u in entry.data["unlinks"]]
     return merged
 
 

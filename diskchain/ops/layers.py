@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,7 @@ async def _make_overlay(image: Image, below: Image) -> None:
         with files.os_errors(image.path, "write"):
             await qemu_img.create(fd, name, below.fmt, image.virtual_size)
             files.copy_owner(below.path, image.path)
+            os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IRUSR | stat.S_IWUSR)  # a base may be read-only
             os.fsync(fd)
     except BaseException:
         with contextlib.suppress(OSError):

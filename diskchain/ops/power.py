@@ -13,6 +13,7 @@ from diskchain.ops import delete, layers, recover
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM
+from diskchain.store import journal
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ async def stop(vm: VM, machines: Machines, progress: Progress = QUIET, *, timeou
     """
     state = await vm.driver.state()
     changed = not state.is_off
+    if changed and not force and journal.is_open(vm.home):
+        await _finish_save(vm, machines, progress)
     if changed and force:
         await vm.driver.kill()
     elif changed:
@@ -58,6 +61,13 @@ async def stop(vm: VM, machines: Machines, progress: Progress = QUIET, *, timeou
         return Stopped(changed, [])
     await recover.recover(vm, machines, progress)
     return Stopped(changed, await delete.merge_pending(vm, machines, progress))
+
+
+async def _finish_save(vm: VM, machines: Machines, progress: Progress) -> None:
+    """A save that runs in the VM, left by somebody who died, is finished before the VM goes."""
+    entry = journal.open_entry(vm.home)
+    if entry and entry.op == "create":
+        await recover.recover(vm, machines, progress)
 
 
 async def _shut_down(vm: VM, state: VMState, timeout: float) -> None:

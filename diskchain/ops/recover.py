@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from diskchain.chain.model import Memory
 from diskchain.drivers.machines import Machines
 from diskchain.drivers.protocol import VMState
-from diskchain.errors import ChainDamaged, RecordDamaged, Refused, Unfinished
+from diskchain.errors import RecordDamaged, Refused, Unfinished
 from diskchain.host import files
 from diskchain.ops import create, delete, layers, revert, save_memory
 from diskchain.ops.progress import QUIET, Progress
@@ -65,7 +64,7 @@ async def _create(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
         await create.undo(vm, entry)
         return "undone", "the VM's disks were not switched"
     if entry.state == "prepared":
-        return await _create_prepared(vm, entry, progress)
+        return await create.resolve_prepared(vm, entry, progress)
     if undo:
         raise Refused(
             "the disks were switched; the snapshot exists", hint=f"diskchain recover {vm.name}, then delete it"
@@ -78,65 +77,11 @@ async def _create(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
         entry.close()
         return "finished", "its memory is saved"
     if entry.state == "saving" and vm.driver.save_owner() != entry.data["owner"]:
-        return _without_memory(vm, entry, "the VM ended before its memory was saved")
+        return create.without_memory(vm, entry, "the VM ended before its memory was saved")
     if entry.state == "switched" and snapshot.memory.status == "saving":
-        return _without_memory(vm, entry, entry.data.get("reason") or "interrupted")
+        return create.without_memory(vm, entry, entry.data.get("reason") or "interrupted")
     snapshot = await create.finish(vm, entry, snapshot, progress)
     return "finished", f"memory: {snapshot.memory.status}"
-
-
-def _without_memory(vm: VM, entry: Entry, why: str) -> tuple[str, str]:
-    snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
-    files.unlink_durably(save_memory.part_of(vm.home, snapshot.id))
-    vm.save(vm.catalog.with_snapshot(replace(snapshot, memory=Memory("failed", reason=why))))
-    entry.close()
-    return "finished", f"without memory: {why}"
-
-
-async def _create_prepared(vm: VM, entry: Entry, progress: Progress) -> tuple[str, str]:
-    """We died somewhere around the pause. A running QEMU is asked; without one the overlays may hold guest writes."""
-    named = entry.data["snapshot"] in vm.catalog.snapshots
-    switched = await _switched(vm, entry)
-    if switched is False or (switched is None and not named):
-        await create.undo(vm, entry)
-        await _let_run(vm, entry)
-        return "undone", "the VM's disks were not switched"
-    await _wait_for_stray_save(vm, entry, progress)
-    await _let_run(vm, entry)
-    snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
-    create.note_frozen(vm, snapshot)
-    if snapshot.memory.status == "saving":
-        return _without_memory(vm, entry, "interrupted while the VM was paused")
-    entry.close()
-    return "finished", "the VM's disks were switched"
-
-
-async def _switched(vm: VM, entry: Entry) -> bool | None:
-    """Whether the running VM is on the new overlays; None when no VM runs. Raise ChainDamaged when it is mixed."""
-    if (await vm.driver.state()).is_off:
-        return None
-    active = await vm.driver.active_files()
-    new = {t: image.path for t, image in create.planned_overlays(vm, entry).items()}
-    count = sum(active.get(t) == path for t, path in new.items())
-    if 0 < count < len(new):
-        raise ChainDamaged(f"{count} of {len(new)} disks of {vm.name} were switched; that can't be",
-                           hint="stop the VM and keep every file")  # fmt: skip
-    return count > 0
-
-
-async def _wait_for_stray_save(vm: VM, entry: Entry, progress: Progress) -> None:
-    """A save whose instant is not certain is of no use, but QEMU < 10 must not be told to cancel it."""
-    if entry.data["save"] == "never" or (await vm.driver.state()).is_off:
-        return
-    if vm.driver.save_owner() == entry.data["owner"]:
-        await save_memory.wait_until_over(vm, progress)
-        await vm.driver.end_memory_save()
-
-
-async def _let_run(vm: VM, entry: Entry) -> None:
-    """A VM that ran before the pause runs again (the watchdog did that already, unless it was killed too)."""
-    if entry.data["was"] == "running" and await vm.driver.state() is VMState.PAUSED:
-        await vm.driver.resume()
 
 
 # -- revert ------------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def _check_space(vm: VM, overlays: dict[str, Image], keep: Snapshot | None) -> N
 def _usual_power(snapshot: Snapshot, with_memory: bool, state: VMState) -> str:
     if with_memory:
         return "paused" if snapshot.was == "paused" else "running"
-    return "stopped" if state.is_off else "running"
+    return {VMState.STOPPED: "stopped", VMState.PAUSED: "paused"}.get(state, "running")
 
 
 def _plan(vm: VM, snapshot: Snapshot, state: VMState, keep: Snapshot | None, with_memory: bool, power: str,

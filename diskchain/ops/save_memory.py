@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError, NoSpace, ToolFailed
 from diskchain.host import files
 from diskchain.host.fault import point
-from diskchain.host.process import run, spawn_detached
+from diskchain.host.process import our_module, run, spawn_detached
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM
 from diskchain.store import memory_file
@@ -153,7 +152,7 @@ async def seal(home: Home, snapshot_id: str, seconds: float) -> Memory:
 
 def leave_to_finisher(vm: VM) -> None:
     """Start a small process of ours that waits for our lock and finishes the save. Used when we are interrupted."""
-    argv = [sys.executable, "-m", "diskchain", "--quiet", "recover", vm.name, "--finish", "--wait", "1h", "--yes"]
-    spawn_detached(argv, vm.home.path / "finisher.log", env={
-        "DISKCHAIN_STATE_DIR": str(vm.config.state_dir), "DISKCHAIN_RUN_DIR": str(vm.config.run_dir),
-        "DISKCHAIN_FAULT": ""})  # fmt: skip
+    argv, env = our_module("diskchain")
+    argv += ["--quiet", "recover", vm.name, "--finish", "--wait", "1h", "--yes"]
+    env |= {"DISKCHAIN_STATE_DIR": str(vm.config.state_dir), "DISKCHAIN_RUN_DIR": str(vm.config.run_dir)}
+    spawn_detached(argv, vm.home.path / "finisher.log", env=env)

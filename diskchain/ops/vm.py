@@ -13,7 +13,7 @@ from diskchain.config import Config
 from diskchain.drivers.machines import Machines
 from diskchain.drivers.protocol import Driver
 from diskchain.drivers.qemu import QemuDriver
-from diskchain.errors import ChainDamaged, DiskchainError, DriverFailed, NotFound, Unfinished
+from diskchain.errors import ChainDamaged, DiskchainError, NotFound, Unfinished
 from diskchain.host.locks import vm_lock
 from diskchain.store import catalog as catalog_store
 from diskchain.store import journal
@@ -85,6 +85,8 @@ class Host:
             vm = self._open(name, socket="qmp")
             try:
                 yield vm
+            except (DiskchainError, OSError) as error:
+                raise _honest(vm, error) from error
             finally:
                 await vm.driver.close()
 
@@ -106,6 +108,14 @@ class Host:
                                hint="bring it back from a backup; RECOVER.txt beside it lists the chain") from error  # fmt: skip
 
 
+def _honest(vm: VM, error: DiskchainError | OSError) -> DiskchainError:
+    """An exit code says whether anything changed: with an open journal entry, `failed` becomes `unfinished`."""
+    known = error if isinstance(error, DiskchainError) else DiskchainError(f"the system said: {error}")
+    if known.exit_code in (1, 7, 9) and journal.is_open(vm.home):
+        return Unfinished(f"{known.message}; stopped half-way", hint=f"diskchain recover {vm.name}")
+    return known
+
+
 def plain(name: str) -> str:
     """Given what an admin typed (`web1` or `qemu:web1`), return the machine's name. Raise NotFound for what can't be."""
     bare = name.removeprefix("qemu:")
@@ -124,6 +134,3 @@ def refuse_unfinished(vm: VM) -> None:
 def console_of(driver: Driver) -> Path | None:
     """Return the console log of an embedded machine."""
     return driver.home / "console.log" if isinstance(driver, QemuDriver) else None
-
-
-__all__ = ["VM", "DriverFailed", "Host", "console_of", "new_id", "now_utc", "plain", "refuse_unfinished"]

@@ -1,0 +1,257 @@
+"""The root of the command line: the table of commands, the global options, and the border where errors end.
+
+Starts quickly: imports click and nothing else that takes time. A command's module is imported when it is invoked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from diskchain import __version__
+from diskchain.chain.text import printable
+from diskchain.errors import DiskchainError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class App:
+    """What the global options said, and what a command leaves for the end."""
+
+    connect: str | None = None
+    config_file: str | None = None
+    quiet: bool = False
+    verbose: int = 0
+    json: bool = False
+    color: str = "auto"
+    exit_code: int = 0
+    answered: bool = False  # the JSON object was printed
+    interrupted: str = "interrupted"  # what Ctrl-C means now
+    warnings: list[str] = field(default_factory=list)
+
+
+class Signalled(BaseException):
+    """The process was told to end by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Entry(NamedTuple):
+    """One command of the table: where it is, and what help says of it."""
+
+    name: str
+    module: str
+    attribute: str
+    help: str
+    section: str
+
+
+_MACHINES, _ANY, _SNAPSHOTS, _HEALTH = "Machines", "Any VM", "Snapshots", "Health"
+COMMANDS = [
+    Entry("machine", "machine", "machine", "Define, undefine and list the machines that diskchain runs.", _MACHINES),
+    Entry("start", "power", "start", "Start a VM.", _ANY),
+    Entry("stop", "power", "stop", "Stop a VM; then carry out its pending merges.", _ANY),
+    Entry("pause", "power", "pause", "Let a VM stand still.", _ANY),
+    Entry("resume", "power", "resume", "Let a paused VM go on.", _ANY),
+    Entry("create", "create", "create", "Take a snapshot of a VM, with its memory when it runs.", _SNAPSHOTS),
+    Entry("list", "look", "list_", "List snapshots, oldest first.", _SNAPSHOTS),
+    Entry("tree", "look", "tree", "Show the tree of snapshots, and where the VM is in it.", _SNAPSHOTS),
+    Entry("show", "look", "show", "Show everything about one snapshot.", _SNAPSHOTS),
+    Entry("revert", "revert", "revert", "Go back to a snapshot; the present is kept. Alias: rollback.", _SNAPSHOTS),
+    Entry("undo", "revert", "undo", "Go back to where the last revert left from.", _SNAPSHOTS),
+    Entry("delete", "delete", "delete", "Delete snapshots; what the VM sees stays as it is. Alias: rm.", _SNAPSHOTS),
+    Entry("merge", "delete", "merge", "Carry out the pending merges of stopped VMs.", _SNAPSHOTS),
+    Entry("rename", "edit", "rename", "Give a snapshot another name.", _SNAPSHOTS),
+    Entry("describe", "edit", "describe", "Give a snapshot a description.", _SNAPSHOTS),
+    Entry("protect", "edit", "protect", "Protect a snapshot against deletion.", _SNAPSHOTS),
+    Entry("unprotect", "edit", "unprotect", "Take a snapshot's protection away.", _SNAPSHOTS),
+    Entry("recover", "recover", "recover", "Finish or undo what was interrupted.", _HEALTH),
+]
+_TABLE = {entry.name: entry for entry in COMMANDS}
+_ALIASES = {"rollback": "revert", "rm": "delete"}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands from a table, and imports one when it is invoked."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the table."""
+        return list(_TABLE)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        entry = _TABLE.get(_ALIASES.get(cmd_name, cmd_name))
+        if entry is None:
+            return None
+        command = getattr(importlib.import_module(f"diskchain.cli.{entry.module}"), entry.attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands in their sections."""
+        width = max(map(len, _TABLE))
+        for section in dict.fromkeys(entry.section for entry in COMMANDS):
+            with formatter.section(section):
+                rows = [(e.name.ljust(width), e.help) for e in COMMANDS if e.section == section]
+                formatter.write_dl(rows)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer commands (from the table) and options."""
+        found = [CompletionItem(e.name, help=e.help) for e in COMMANDS if e.name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
+
+
+def _told(ctx: click.Context, name: str, value: Any) -> None:
+    """Note a global option that was given (before or after the command)."""
+    app = ctx.ensure_object(App)
+    if name == "verbose":
+        app.verbose += value
+    elif value not in (None, False):
+        setattr(app, name, value)
+
+
+def _note(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    _told(ctx, str(param.name), value)
+
+
+def common(command: F) -> F:
+    """Let a command accept --json, -q and -v after its name too."""
+    for option in (
+        click.option("-v", "--verbose", count=True, expose_value=False, callback=_note,
+                     help="Say more; -vv everything."),
+        click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_note, help="No progress."),
+        click.option("--json", is_flag=True, expose_value=False, callback=_note, help="Answer with one JSON object."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"diskchain {__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"auto_envvar_prefix": "DISKCHAIN", "help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Example: diskchain create web1 before-upgrade",
+)
+@click.option("-c", "--connect", metavar="URI", expose_value=False, callback=_note, help="libvirt connection.")
+@click.option(
+    "--config", "config_file", metavar="FILE", expose_value=False, callback=_note, help="Read only this configuration."
+)
+@click.option(
+    "--color", type=click.Choice(["auto", "always", "never"]), expose_value=False, callback=_note, help="Colours."
+)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
+              allow_from_autoenv=False, help="Show the version.")  # fmt: skip
+@common
+@click.pass_context
+def root(ctx: click.Context) -> None:
+    """Snapshots of QEMU virtual machines as qcow2 overlay chains, with memory."""
+    ctx.ensure_object(App)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line; return its exit code. Every error ends here, in one line and a hint."""
+    app = App()
+    try:
+        code = _run(app, list(argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    return code
+
+
+def _run(app: App, argv: list[str]) -> int:
+    try:
+        result = root.main(argv, prog_name="diskchain", standalone_mode=False, obj=app)
+    except DiskchainError as error:
+        return _report(app, error.exit_code, error.kind, error.message, error.hint)
+    except click.exceptions.ClickException as error:
+        return _report_usage(app, argv, error)
+    except click.Abort as error:
+        return _report_abort(app, error)
+    except KeyboardInterrupt:
+        return _report(app, 130, "Interrupted", app.interrupted, None)
+    except Signalled as error:
+        return _report(app, 128 + error.number, "Interrupted", app.interrupted, None)
+    except BrokenPipeError:
+        raise
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except Exception as error:
+        return _report_bug(app, error)
+    return result if isinstance(result, int) and result else app.exit_code
+
+
+def _report_usage(app: App, argv: Sequence[str], error: click.ClickException) -> int:
+    app.json = app.json or "--json" in argv
+    ctx = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return 2
+    if isinstance(error, click.FileError):
+        return _report(app, 2, "UsageError", error.format_message(), None)
+    hint = f"{ctx.command_path} --help" if ctx else "diskchain --help"
+    return _report(app, 2, "UsageError", error.format_message(), hint)
+
+
+def _report_abort(app: App, error: click.Abort) -> int:
+    if isinstance(error.__cause__, EOFError):
+        return _report(app, 1, "NotConfirmed", "nothing was changed", None)
+    return _report(app, 130, "Interrupted", app.interrupted, None)
+
+
+def _report_bug(app: App, error: Exception) -> int:
+    if app.verbose > 1:
+        sys.excepthook(type(error), error, error.__traceback__)
+    text = f"{type(error).__name__}: {error}"
+    return _report(app, 1, "Bug", text, "this is a bug; run again with -vv")
+
+
+def _report(app: App, code: int, kind: str, message: str, hint: str | None) -> int:
+    """Say what went wrong on stderr; with --json on stdout too, unless the answer is there already."""
+    for line in error_lines(message, hint):
+        click.echo(_coloured(app, line), err=True)
+    if app.json and not app.answered:
+        app.answered = True
+        click.echo(json.dumps({"schema": 1, "error": error_json(code, kind, message, hint)}))
+    return code
+
+
+def error_lines(message: str, hint: str | None) -> list[str]:
+    """Return an error as it is shown: one line, and one with what to do."""
+    lines = [f"diskchain: {printable(message)}"]
+    if hint:
+        lines.append(f"  {printable(hint)}" if hint.startswith("this is a bug") else f"  try: {printable(hint)}")
+    return lines
+
+
+def error_json(code: int, kind: str, message: str, hint: str | None) -> dict[str, Any]:
+    """Return the form of an error that scripts see."""
+    return {"code": code, "kind": kind, "message": message, "hint": hint}
+
+
+def _coloured(app: App, line: str) -> str:
+    return click.style(line, fg="red") if line.startswith("diskchain:") and wants_color(app, sys.stderr) else line
+
+
+def wants_color(app: App, stream: Any) -> bool:
+    """Whether to colour what goes to the stream: --color, NO_COLOR, terminal or not."""
+    if app.color != "auto":
+        return app.color == "always"
+    return not os.environ.get("NO_COLOR") and bool(stream.isatty())

@@ -1,0 +1,148 @@
+"""What every command needs: the host, a lock with recovery first, the event loop, output and questions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from diskchain.chain.plan import Plan
+from diskchain.chain.text import printable
+from diskchain.cli import render
+from diskchain.cli.app import App, Signalled
+from diskchain.cli.options import no_libvirt
+from diskchain.cli.progress import LineProgress
+from diskchain.config import load_config
+from diskchain.errors import DiskchainError, UsageError
+from diskchain.ops import look, recover
+from diskchain.ops.vm import VM, Host
+
+T = TypeVar("T")
+
+
+def current() -> App:
+    """Return what the global options said."""
+    return click.get_current_context().ensure_object(App)
+
+
+def open_host(app: App, wait: float | None = None) -> Host:
+    """Return the host with the configuration; `wait` overrides it. Raise UsageError, Refused for libvirt."""
+    if app.connect:
+        raise no_libvirt()
+    config = load_config(Path(app.config_file) if app.config_file else None)
+    return Host(config if wait is None else replace(config, wait=wait))
+
+
+@contextlib.asynccontextmanager
+async def changing(app: App, host: Host, name: str, operation: str) -> AsyncIterator[VM]:
+    """Hold the VM's lock; first resolve what was interrupted."""
+    async with host.change(name, operation) as vm:
+        await settle(app, host, vm)
+        yield vm
+
+
+async def settle(app: App, host: Host, vm: VM) -> None:
+    """Resolve what was interrupted on a VM whose lock we hold, and say so."""
+    found = await recover.recover(vm, host.machines, progress(app))
+    if found:
+        note(app, f"an interrupted {found.op} of {found.name!r} was {found.outcome} first")
+
+
+async def settle_before_plan(app: App, host: Host, name: str, operation: str, *, dry_run: bool) -> None:
+    """A plan is made on a settled VM: resolve what was interrupted, or say that it will be."""
+    async with host.look(name) as vm:
+        if not look.is_unfinished(vm):
+            return
+    if dry_run:
+        progress(app).warn(f"an operation on {name} is at work or was interrupted; it comes first")
+        return
+    async with changing(app, host, name, operation):
+        pass
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def run_async(coro: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end. Ctrl-C, SIGTERM and SIGHUP cancel it; then KeyboardInterrupt or Signalled is raised."""
+    app = current()
+    if app.verbose:
+        level = logging.DEBUG if app.verbose > 1 else logging.INFO
+        logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    with asyncio.Runner() as runner:
+        return runner.run(_until_signalled(coro))
+
+
+async def _until_signalled(coro: Coroutine[Any, Any, T]) -> T:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task
+    got: list[int] = []
+
+    def cancel(number: int) -> None:
+        got.append(number)
+        task.cancel()
+
+    watched = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    for number in watched:
+        loop.add_signal_handler(number, cancel, number)
+    try:
+        return await coro
+    except asyncio.CancelledError:
+        if got:
+            raise Signalled(got[0]) from None
+        raise
+    finally:
+        for number in watched:
+            loop.remove_signal_handler(number)
+
+
+def progress(app: App) -> LineProgress:
+    """Return a progress that suits stderr and -q."""
+    return LineProgress(sys.stderr, quiet=app.quiet, warnings=app.warnings)
+
+
+# -- saying and asking -------------------------------------------------------------------------------------------------
+
+
+def answer(app: App, payload: dict[str, Any], lines: Iterable[str]) -> None:
+    """Print a command's answer: the JSON object, or the lines (each made safe for a terminal)."""
+    if app.json:
+        extra = {"warnings": app.warnings} if app.warnings and "warnings" not in payload else {}
+        click.echo(json.dumps({"schema": 1, **payload, **extra}))
+        app.answered = True
+        return
+    for line in lines:
+        click.echo(printable(line))
+
+
+def note(app: App, text: str) -> None:
+    """Print a remark on stderr."""
+    if not app.quiet:
+        click.echo(f"note: {printable(text)}", err=True)
+
+
+def show_plan(app: App, plan: Plan) -> None:
+    """Answer a --dry-run."""
+    answer(app, {"plan": plan.to_json()}, render.plan_lines(plan))
+
+
+def confirm(app: App, plan: Plan, question: str, *, yes: bool) -> None:
+    """Print the plan and ask. Raise UsageError where nobody can be asked, DiskchainError when the answer is no."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(f"{plan.title} needs a confirmation, and no terminal is there to ask",
+                         hint="add --yes if you are sure (--dry-run shows what would be done)")  # fmt: skip
+    for line in render.plan_lines(plan):
+        click.echo(printable(line), err=True)
+    if not click.confirm(question, default=False, err=True):
+        raise DiskchainError("nothing was changed")

@@ -1,0 +1,103 @@
+"""Options and arguments that several commands share; completion of names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from diskchain.errors import Refused
+from diskchain.ops import look
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(ms|s|m|h|d|)", re.ASCII)
+
+
+def parse_duration(text: str) -> float:
+    """Given `500ms`, `60s`, `5m`, `1h`, `14d` or a number of seconds, return seconds. Raise ValueError."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is no duration; write for example 500ms, 60s, 5m or 1h")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+class Duration(click.ParamType):
+    """A duration, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Given what was typed, return seconds."""
+        if isinstance(value, (int, float)):
+            return float(value)
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class VMName(click.ParamType):
+    """The name of a VM: `web1` or `qemu:web1`."""
+
+    name = "vm"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Given what was typed, return the name. Raise Refused for a libvirt domain."""
+        if value.startswith("libvirt:"):
+            raise no_libvirt()
+        return str(value).removeprefix("qemu:")
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer the names of all VMs."""
+        return [CompletionItem(name) for name in look.names_quietly() if name.startswith(incomplete)]
+
+
+class SnapshotName(click.ParamType):
+    """The name (or id) of a snapshot."""
+
+    name = "snapshot"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Given what was typed, return it as it is."""
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer the snapshots of the VM that was named before."""
+        names = look.snapshot_names_quietly(str(ctx.params.get("vm") or ""))
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def no_libvirt() -> Refused:
+    """Return the refusal of everything libvirt."""
+    return Refused("libvirt domains are not supported yet by this version", hint="diskchain machine define FILE")
+
+
+def vm_argument(command: F) -> F:
+    """The VM that the command is about."""
+    return click.argument("vm", type=VMName())(command)
+
+
+def maybe_vm_argument(command: F) -> F:
+    """A VM, or all of them."""
+    return click.argument("vm", type=VMName(), required=False)(command)
+
+
+def snapshot_argument(command: F) -> F:
+    """The snapshot that the command is about."""
+    return click.argument("name", type=SnapshotName())(command)
+
+
+def changing_options(command: F) -> F:
+    """--wait and --dry-run, of every command that changes something."""
+    wait = click.option("--wait", type=Duration(), metavar="TIME",
+                        help="How long to wait for another operation on the VM (default 10s).")  # fmt: skip
+    dry_run = click.option("-n", "--dry-run", is_flag=True, help="Print the plan, change nothing.")
+    return dry_run(wait(command))
+
+
+yes_option = click.option("-y", "--yes", is_flag=True, help="Don't ask.")

@@ -1,0 +1,202 @@
+"""How things look: sizes, ages, tables, the tree, plans. Text in, text out; nothing is printed here."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+
+from diskchain.chain.plan import Plan
+from diskchain.chain.text import printable
+from diskchain.errors import UsageError
+from diskchain.ops.look import Listing, SnapshotView
+
+_KIB = 1024
+
+
+def size(count: int | None) -> str:
+    """Given bytes, return them short, in binary units: `340M`, `1.2G`; `?` when they are not known."""
+    if count is None:
+        return "?"
+    value, unit = float(count), ""
+    for unit in ("", "K", "M", "G", "T", "P"):
+        if round(value) < _KIB or unit == "P":
+            break
+        value /= _KIB
+    short = f"{value:.1f}" if unit in ("G", "T", "P") and value < 9.95 else f"{value:.0f}"
+    return short.removesuffix(".0") + unit
+
+
+def duration(seconds: float | None) -> str:
+    """Given seconds, return them short, in one unit: `82d`, `3h`, `5m`, `7s`."""
+    if seconds is None:
+        return "?"
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)}{unit}"
+    return f"{max(0, int(seconds))}s"
+
+
+def width(text: str) -> int:
+    """Return how many columns a text takes on a terminal."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def ljust(text: str, columns: int) -> str:
+    """Pad a text to the right."""
+    return text + " " * max(0, columns - width(text))
+
+
+def rjust(text: str, columns: int) -> str:
+    """Pad a text to the left."""
+    return " " * max(0, columns - width(text)) + text
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+Row = Mapping[str, str]
+RIGHT = {"AGE", "DISK", "MEMORY", "FREES", "CPUS", "SNAPS"}
+
+
+def columns(asked: str | None, known: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """Given what -o said, return the columns. Raise UsageError for one that there is not."""
+    names = [n.strip().upper() for n in asked.split(",")] if asked else list(usual)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no column {name!r}", hint=f"-o {','.join(known)}")
+    return names
+
+
+def table(rows: Sequence[Row], names: Sequence[str], *, headers: bool = True) -> list[str]:
+    """Return rows as aligned lines with a header; without `headers` separated by tabs."""
+    cells = [[printable(row.get(name, "")) for name in names] for row in rows]
+    if not headers:
+        return ["\t".join(row) for row in cells]
+    cells.insert(0, list(names))
+    wide = [max(width(row[i]) for row in cells) for i in range(len(names))]
+    return ["  ".join(_pad(n, c, w) for n, c, w in zip(names, row, wide, strict=True)).rstrip() for row in cells]
+
+
+def _pad(name: str, cell: str, columns: int) -> str:
+    return rjust(cell, columns) if name in RIGHT else ljust(cell, columns)
+
+
+def tabbed(lines: Sequence[str]) -> list[str]:
+    """Return lines with tabs in the form that passes `printable` untouched (they were made safe cell by cell)."""
+    return list(lines)
+
+
+# -- the list ----------------------------------------------------------------------------------------------------------
+
+LIST_USUAL = ["NAME", "AGE", "TYPE", "DISK", "MEMORY", "FREES", "NOTES"]
+LIST_KNOWN = [*LIST_USUAL, "ID", "CREATED", "PARENT", "CONSISTENCY"]
+
+
+def snapshot_rows(listing: Listing, *, exact: bool) -> list[Row]:
+    """Return one row for each snapshot; `exact`: bytes and seconds as they are."""
+    show: Callable[[int | None], str] = (lambda n: "?" if n is None else str(n)) if exact else size
+    return [_snapshot_row(view, show, exact) for view in listing.snapshots]
+
+
+def _snapshot_row(view: SnapshotView, show: Callable[[int | None], str], exact: bool) -> Row:
+    snapshot, age = view.snapshot, view.age_seconds
+    return {
+        "NAME": snapshot.name, "ID": snapshot.id, "CREATED": snapshot.created, "PARENT": view.parent or "-",
+        "CONSISTENCY": snapshot.consistency, "TYPE": snapshot.state, "NOTES": "   ".join(_notes(view)),
+        "AGE": (str(int(age)) if age is not None else "?") if exact else duration(age),
+        "DISK": show(view.disk_bytes), "MEMORY": show(view.memory_bytes) if view.memory_bytes else "-",
+        "FREES": "-" if view.frees is None else show(view.frees),
+    }  # fmt: skip
+
+
+def _notes(view: SnapshotView) -> list[str]:
+    snapshot, memory = view.snapshot, view.snapshot.memory
+    notes = [f"! {text}" for text in view.warnings]
+    if memory.status == "saving":
+        notes.append("saving memory")
+    if memory.status == "failed":
+        notes.append(f"memory not saved: {memory.reason}")
+    if snapshot.protected:
+        notes.append("protected")
+    return [*notes, *([snapshot.description] if snapshot.description else [])]
+
+
+def list_lines(listing: Listing, asked: str | None) -> list[str]:
+    """Return a VM's snapshots as people see them: the table, the present, what is pending, a summary."""
+    names = columns(asked, LIST_KNOWN, LIST_USUAL)
+    rows = snapshot_rows(listing, exact=False)
+    now: Row = {"NAME": "(now)", "DISK": size(listing.now_bytes)}
+    lines = table([*rows, now], names)
+    if asked:
+        return lines
+    wide = max(width(printable(row["NAME"])) for row in [*rows, now, {"NAME": "NAME"}])
+    ages = max(3, *(width(row["AGE"]) for row in rows)) if rows else 3
+    for pending in listing.pending:
+        text = f"(deleted; merges at the next stop: {size(pending.bytes)}, about {pending.seconds} s)"
+        age = rjust(duration(pending.age_seconds), ages)
+        lines.append(f"{ljust(printable(pending.snapshot.name), wide)}  {age}  {text}")
+    return [*lines, summary(listing)]
+
+
+def summary(listing: Listing) -> str:
+    """Return the last line of a list."""
+    count, memory = len(listing.snapshots), sum(v.memory_bytes for v in listing.snapshots)
+    with_memory = f" and {size(memory)} of memory" if memory else ""
+    warnings = sum(len(v.warnings) for v in listing.snapshots)
+    text = (f"{count} snapshot{'' if count == 1 else 's'}, {size(listing.all_bytes)} of disk{with_memory} "
+            f"in {listing.layers} layer{'' if listing.layers == 1 else 's'}.")  # fmt: skip
+    return text + (f" {warnings} warning{'' if warnings == 1 else 's'}." if warnings else "")
+
+
+# -- the tree ----------------------------------------------------------------------------------------------------------
+
+HERE = "* you are here"
+
+
+def tree_lines(listing: Listing) -> list[str]:
+    """Return the tree of a VM's snapshots, with "you are here"."""
+    count = listing.disks
+    drawn: list[tuple[str, SnapshotView | None]] = []
+    _draw(listing, None, "", drawn)
+    ages = max([width(duration(v.age_seconds)) for _, v in drawn if v] or [0])
+    sizes = max(width(size(v.disk_bytes if v else listing.now_bytes)) for _, v in drawn)
+    wide = max([width(label) for label, v in drawn if v] or [0])
+    wide = max(wide, max(width(label) for label, v in drawn if v is None) - 3 - ages)
+    head = f"{listing.vm} ({listing.state}, {count} disk{'' if count == 1 else 's'})"
+    return [head, *(_tree_line(label, v, listing, wide, ages, sizes) for label, v in drawn)]
+
+
+def _draw(listing: Listing, parent: str | None, indent: str, drawn: list[tuple[str, SnapshotView | None]]) -> None:
+    below: list[SnapshotView | None] = [v for v in listing.snapshots if v.parent == parent]
+    if listing.current == parent:
+        below.append(None)
+    for number, view in enumerate(below, 1):
+        last = number == len(below)
+        label = printable(view.snapshot.name) if view else HERE
+        drawn.append((f"{indent}{'└── ' if last else '├── '}{label}", view))
+        if view:
+            _draw(listing, view.snapshot.name, indent + ("    " if last else "│   "), drawn)
+
+
+def _tree_line(label: str, view: SnapshotView | None, listing: Listing, wide: int, ages: int, sizes: int) -> str:
+    if view is None:
+        return f"{ljust(label, wide + 3 + ages)}   {rjust(size(listing.now_bytes), sizes)}"
+    line = f"{ljust(label, wide)}   {rjust(duration(view.age_seconds), ages)}   {rjust(size(view.disk_bytes), sizes)}"
+    if view.memory_bytes:
+        line += f"  memory {size(view.memory_bytes)}"
+    return line + ("  saving memory" if view.snapshot.memory.status == "saving" else "")
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Return a plan as people read it."""
+    lines = [plan.title, *(f"  {step}" for step in plan.steps)]
+    lines += [f"Lost: {text}" for text in plan.lost]
+    if plan.space_needed:
+        lines.append(f"Needed: up to {size(plan.space_needed)} of space")
+    if plan.downtime_estimate_s:
+        lines.append(f"Outage: about {plan.downtime_estimate_s:.0f} s")
+    if plan.point_of_no_return:
+        lines.append(f"No way back: {plan.point_of_no_return}")
+    return lines + [f"Warning: {text}" for text in plan.warnings]

@@ -1,0 +1,73 @@
+"""Read which guest clusters a layer holds: its L1 table and the L2 tables that exist, nothing else."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from diskchain.chain import allocation, qcow2
+from diskchain.chain.allocation import Allocation, RawExtents, Row
+from diskchain.chain.qcow2 import Header
+from diskchain.host import files
+from diskchain.ops import approve
+
+
+def allocated(path: Path, *, roots: Sequence[Path] | None = None) -> Allocation:
+    """Given a qcow2 image, return what it holds. Raise as `approve_chain` does for a single image."""
+    with files.UntrustedFiles(roots) as opener:
+        opened = opener.open(path)
+    try:
+        header = approve.checked_header(opened)
+        return _allocation(opened, header)
+    finally:
+        os.close(opened.fd)
+
+
+def raw_extents(path: Path, *, roots: Sequence[Path] | None = None) -> RawExtents:
+    """Given a raw image, return where it has data: everywhere, on a filesystem without holes."""
+    with files.UntrustedFiles(roots) as opener:
+        opened = opener.open(path)
+    try:
+        with files.os_errors(path, "look for holes in"):
+            return RawExtents(tuple(_extents(opened.fd, opened.status.st_size)))
+    finally:
+        os.close(opened.fd)
+
+
+def _allocation(opened: files.Opened, header: Header) -> Allocation:
+    status = opened.status
+    l1 = files.read_span(opened.fd, header.l1_offset, header.l1_bytes)
+    entries = qcow2.l1_entries(l1)
+    approve.check_l2([offset for _, offset, _ in entries], header.cluster_size, status.st_size, opened.path)
+    return Allocation(
+        cluster_size=header.cluster_size,
+        row_length=header.cluster_size // allocation.entry_size(header),
+        virtual_size=header.virtual_size,
+        refcount_bits=1 << header.refcount_order,
+        l1_entries=header.l1_entries,
+        file_size=status.st_size,
+        file_holes=max(0, status.st_size - status.st_blocks * 512),
+        rows={index: _row(opened.fd, offset, header) for index, offset, _ in entries},
+        own_tables=frozenset(index for index, _, copied in entries if copied),
+    )
+
+
+def _row(fd: int, offset: int, header: Header) -> Row:
+    """One L2 table; one that ends behind the end of the file is read as zeros, as QEMU does."""
+    table = files.read_span(fd, offset, header.cluster_size)
+    return allocation.row(table.ljust(header.cluster_size, b"\0"), header)
+
+
+def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end

@@ -1,0 +1,317 @@
+"""Look, and change nothing: what list, tree, show and machine list say, gathered from the records and the files."""
+
+from __future__ import annotations
+
+import calendar
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diskchain.chain.model import Catalog, Image, Snapshot
+from diskchain.config import load_config
+from diskchain.drivers.machines import Machines, Registered
+from diskchain.errors import DiskchainError
+from diskchain.host import files
+from diskchain.ops.vm import VM, Host
+from diskchain.store import catalog as catalog_store
+from diskchain.store import journal
+from diskchain.store.catalog import Home
+
+OLD_AFTER_DAYS = 14
+MERGE_RATE = 200 << 20  # bytes a second, for a rough word on how long a merge takes
+
+
+@dataclass(frozen=True)
+class SnapshotView:
+    """A snapshot with what the files say. `frees`: what a delete gives back, where nothing stands on it."""
+
+    snapshot: Snapshot
+    parent: str | None
+    disks: list[dict[str, str | None]]
+    disk_bytes: int | None
+    memory_bytes: int
+    frees: int | None
+    age_seconds: float | None
+    current: bool
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def keeps(self) -> int:
+        """Bytes that this snapshot's own layers and memory take."""
+        return (self.disk_bytes or 0) + self.memory_bytes
+
+
+@dataclass(frozen=True)
+class PendingView:
+    """A deleted snapshot whose merge is still to be done."""
+
+    snapshot: Snapshot
+    bytes: int
+    age_seconds: float | None
+
+    @property
+    def seconds(self) -> int:
+        """About how long the merge takes."""
+        return max(1, self.bytes // MERGE_RATE)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All snapshots of a VM, oldest first, and the present."""
+
+    vm: str
+    state: str
+    disks: int
+    current: str | None
+    snapshots: list[SnapshotView]
+    pending: list[PendingView]
+    now_bytes: int
+    all_bytes: int
+    layers: int
+
+
+async def listing(vm: VM) -> Listing:
+    """Return what `list` and `tree` show."""
+    state = await state_word(vm)
+    return gather(vm.catalog, vm.home, state, time.time())
+
+
+def gather(catalog: Catalog, home: Home, state: str, now: float) -> Listing:
+    """Given a catalog, look at its files."""
+    current = _visible_name(catalog, catalog.current)
+    images = catalog.images.values()
+    return Listing(
+        vm=catalog.name, state=state, disks=len(catalog.active), current=current,
+        snapshots=[view(catalog, home, s, now) for s in catalog.visible()],
+        pending=[PendingView(s, _to_merge(catalog, s), age(s.created, now)) for s in catalog.pending()],
+        now_bytes=sum(_allocated(catalog.images[i].path) or 0 for i in catalog.active.values()),
+        all_bytes=sum(_allocated(image.path) or 0 for image in images), layers=len(images),
+    )  # fmt: skip
+
+
+async def state_word(vm: VM) -> str:
+    """Return the VM's state in a word, `unknown` when it can't be asked."""
+    try:
+        return (await vm.driver.state()).value
+    except DiskchainError:
+        return "unknown"
+
+
+def view(catalog: Catalog, home: Home, snapshot: Snapshot, now: float) -> SnapshotView:
+    """Return a snapshot with what its files say."""
+    sizes = [_allocated(catalog.images[i].path) for i in snapshot.disks.values()]
+    disk_bytes = None if None in sizes else sum(s or 0 for s in sizes)
+    memory = snapshot.memory.bytes if snapshot.memory.saved else 0
+    old = age(snapshot.created, now)
+    warnings = [f"older than {OLD_AFTER_DAYS}d"] if old is not None and old > OLD_AFTER_DAYS * 86400 else []
+    if disk_bytes is None:
+        warnings.insert(0, "a layer is missing")
+    if memory and not home.memory(snapshot.id).exists():
+        warnings.insert(0, "its memory file is missing")
+    return SnapshotView(
+        snapshot, _visible_name(catalog, snapshot.parent), _disks(catalog, snapshot), disk_bytes, memory,
+        _frees(catalog, snapshot, memory), old, _visible_name(catalog, catalog.current) == snapshot.name, warnings,
+    )  # fmt: skip
+
+
+def _visible_name(catalog: Catalog, snapshot_id: str | None) -> str | None:
+    """Return the name of the snapshot, or of its nearest ancestor that an admin sees."""
+    for snapshot in catalog.line(snapshot_id):
+        if not snapshot.deleted and not snapshot.creating:
+            return snapshot.name
+    return None
+
+
+def _disks(catalog: Catalog, snapshot: Snapshot) -> list[dict[str, str | None]]:
+    """For each disk the frozen image, and the overlay on it that leads to the present."""
+    present = {image.id for chain in catalog.active_chains().values() for image in chain}
+    return [
+        {
+            "target": target,
+            "frozen": str(catalog.images[image_id].path),
+            "active": next((str(o.path) for o in catalog.overlays_on(image_id) if o.id in present), None),
+        }
+        for target, image_id in snapshot.disks.items()
+    ]
+
+
+def _frees(catalog: Catalog, snapshot: Snapshot, memory: int) -> int | None:
+    """Bytes that no other state reads; known where nothing stands on the snapshot's layers."""
+    total = memory
+    for image_id in snapshot.disks.values():
+        image = catalog.images[image_id]
+        if catalog.overlays_on(image_id) or image_id in catalog.active.values():
+            return None
+        total += (_allocated(image.path) or 0) if image.ours else 0
+    return total
+
+
+def _to_merge(catalog: Catalog, snapshot: Snapshot) -> int:
+    tops = [o for image_id in snapshot.disks.values() for o in catalog.overlays_on(image_id)]
+    return sum(_allocated(o.path) or 0 for o in tops)
+
+
+def _allocated(path: Path) -> int | None:
+    try:
+        return files.allocated_bytes(path)
+    except DiskchainError:
+        return None
+
+
+def age(created: str, now: float) -> float | None:
+    """Given an ISO 8601 UTC time, return the seconds since then; None when it can't be read."""
+    try:
+        return max(0.0, now - calendar.timegm(time.strptime(created, "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return None
+
+
+# -- as JSON -----------------------------------------------------------------------------------------------------------
+
+
+def snapshot_json(seen: SnapshotView) -> dict[str, Any]:
+    """Return the keys that scripts rely on, of one snapshot."""
+    s, memory = seen.snapshot, seen.snapshot.memory
+    return {
+        "id": s.id, "name": s.name, "created": s.created, "parent": seen.parent, "description": s.description,
+        "state": s.state, "consistency": s.consistency, "partial": list(s.partial), "disks": seen.disks,
+        "memory": {"status": memory.status, "bytes": memory.bytes, "sha256": memory.sha256 or None,
+                   "seconds": memory.seconds, "reason": memory.reason or None},
+        "pause_ms": s.pause_ms, "was": s.was, "by": s.by, "protected": s.protected, "automatic": s.automatic,
+        "current": seen.current, "keeps": seen.keeps, "frees": seen.frees,
+        "age_seconds": None if seen.age_seconds is None else int(seen.age_seconds), "warnings": seen.warnings,
+    }  # fmt: skip
+
+
+def listing_json(listing: Listing) -> dict[str, Any]:
+    """Return the object that `list --json` prints."""
+    return {**_listing_head(listing), "snapshots": [snapshot_json(v) for v in listing.snapshots]}
+
+
+def tree_json(listing: Listing) -> dict[str, Any]:
+    """Return the object that `tree --json` prints: children nested."""
+
+    def below(parent: str | None) -> list[dict[str, Any]]:
+        return [
+            {**snapshot_json(v), "children": below(v.snapshot.name)} for v in listing.snapshots if v.parent == parent
+        ]
+
+    return {**_listing_head(listing), "snapshots": below(None)}
+
+
+def _listing_head(listing: Listing) -> dict[str, Any]:
+    return {
+        "vm": listing.vm, "state": listing.state, "current": listing.current, "now": {"keeps": listing.now_bytes},
+        "pending": [{"op": "merge", "snapshot": p.snapshot.name, "bytes": p.bytes} for p in listing.pending],
+    }  # fmt: skip
+
+
+# -- one snapshot ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shown:
+    """All about one snapshot."""
+
+    view: SnapshotView
+    layers: list[dict[str, Any]]
+    configuration: dict[str, Any]
+    memory_file: str | None
+
+
+def show(vm: VM, name: str) -> Shown:
+    """Return all about a snapshot. Raise NotFound."""
+    snapshot = vm.catalog.find(name)
+    layers = [
+        _layer(image, target) for target, top in snapshot.disks.items() for image in vm.catalog.chain(top)
+    ]
+    memory = str(vm.home.memory(snapshot.id)) if snapshot.memory.saved else None
+    return Shown(view(vm.catalog, vm.home, snapshot, time.time()), layers, _configuration(vm, snapshot), memory)
+
+
+def _layer(image: Image, target: str) -> dict[str, Any]:
+    return {"target": target, "path": str(image.path), "format": image.fmt, "bytes": _allocated(image.path),
+            "virtual_size": image.virtual_size}  # fmt: skip
+
+
+def _configuration(vm: VM, snapshot: Snapshot) -> dict[str, Any]:
+    """Return the machine that the snapshot recorded; empty when it can't be read."""
+    try:
+        record = json.loads((vm.home.snapshot_dir(snapshot.id) / "machine.json").read_bytes())
+        machine = json.loads(record["text"])["machine"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return machine if isinstance(machine, dict) else {}
+
+
+def show_json(vm: VM, shown: Shown) -> dict[str, Any]:
+    """Return the object that `show --json` prints."""
+    body = {**snapshot_json(shown.view), "layers": shown.layers, "memory_file": shown.memory_file,
+            "configuration": shown.configuration}  # fmt: skip
+    return {"vm": vm.name, "snapshot": body}
+
+
+# -- machines ----------------------------------------------------------------------------------------------------------
+
+
+async def machines(host: Host) -> list[dict[str, Any]]:
+    """Return what `machine list` shows, one machine after the other; a damaged one with what is known of it."""
+    return [await _machine(host, registered) for registered in host.machines.all()]
+
+
+async def _machine(host: Host, registered: Registered) -> dict[str, Any]:
+    machine = registered.machine
+    catalog: Catalog | None = None
+    state = "unknown"
+    try:
+        async with host.look(machine.name) as vm:
+            catalog, state = vm.catalog, await state_word(vm)
+    except DiskchainError:
+        pass
+    return {
+        "name": machine.name, "uuid": machine.uuid, "state": state, "memory": machine.memory, "cpus": machine.cpus,
+        "disks": [_disk(asdict(d), catalog) for d in machine.disks], "macs": [n.mac for n in machine.nets],
+        "home": str(registered.home), "console": str(registered.home / "console.log"),
+        "snapshots": len(catalog.visible()) if catalog else None,
+    }  # fmt: skip
+
+
+def _disk(spec: dict[str, Any], catalog: Catalog | None) -> dict[str, Any]:
+    target = str(spec["target"])
+    chain = catalog.chain(catalog.active[target]) if catalog and target in catalog.active else []
+    active, base = (str(chain[0].path), str(chain[-1].path)) if chain else (None, spec["image"])
+    return {"target": target, "active": active, "base": base, "format": chain[0].fmt if chain else spec["fmt"],
+            "role": spec["role"]}  # fmt: skip
+
+
+# -- small questions ---------------------------------------------------------------------------------------------------
+
+
+def is_unfinished(vm: VM) -> bool:
+    """Whether an operation on the VM is at work or was interrupted."""
+    return journal.is_open(vm.home)
+
+
+def saves_memory(vm: VM) -> bool:
+    """Whether a create on the VM has come to the point where memory is being saved."""
+    entry = journal.open_entry(vm.home)
+    return entry is not None and entry.op == "create" and entry.state in ("saving", "saved")
+
+
+def names_quietly() -> list[str]:
+    """Return the names of all VMs, for completion: whatever goes wrong, no names."""
+    try:
+        return Machines(load_config().state_dir).names()
+    except Exception:
+        return []
+
+
+def snapshot_names_quietly(vm: str) -> list[str]:
+    """Return the names of a VM's snapshots, for completion."""
+    try:
+        home = Home(Machines(load_config().state_dir).get(vm.removeprefix("qemu:")).home)
+        return [s.name for s in catalog_store.load(home).visible()]
+    except Exception:
+        return []

@@ -1,0 +1,316 @@
+"""What every driver must do. A new driver joins DRIVERS and passes this file unchanged.
+
+A case opens a real VM with the counting guest on two disks; what is checked is what the guest and the files show.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diskchain.chain.machine import DiskSpec, Machine, NetSpec
+from diskchain.chain.model import Image
+from diskchain.drivers.machines import Machines, Registered
+from diskchain.drivers.protocol import Driver, VMState
+from diskchain.drivers.qemu import QemuDriver
+from diskchain.errors import DiskchainError, DriverFailed
+from tests.support.console import Console
+from tests.support.guest import guest_files
+
+COUNT = r"^C (\d+) bad="
+MiB = 1 << 20
+
+
+class QemuCase:
+    """The embedded driver with a machine of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.dir = directory
+        self.run = Path(tempfile.mkdtemp(prefix="dc-", dir="/tmp"))
+        self.home = directory / "home"
+        self.home.mkdir()
+        self.console_path = self.home / "console.log"
+        kernel, initrd = (str(p) for p in guest_files())
+        self.bases = {t: self.image(t, None) for t in ("vda", "vdb")}
+        machine = Machine(
+            name="contract", memory=128 * MiB, uuid="11111111-2222-3333-4444-555555555555", accel="tcg",
+            machine="pc-q35-7.2", kernel=kernel, initrd=initrd, append="console=ttyS0 quiet dc=cnt,tick",
+            disks=tuple(DiskSpec(t, str(i.path), "qcow2") for t, i in self.bases.items()),
+            nets=(NetSpec(mac="52:54:00:00:00:01"),),
+        )  # fmt: skip
+        self.machines = Machines(directory / "state")
+        self.registered = Registered(machine, self.home, "contract.toml")
+        self.machines.put(self.registered)
+
+    def image(self, target: str, backing: Image | None) -> Image:
+        """Make a base, or an overlay."""
+        name = f"{target}.{len(list(self.dir.glob('*.qcow2')))}.qcow2"
+        on = ["-b", str(backing.path), "-F", "qcow2"] if backing else []
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *on, name, "64M"], cwd=self.dir, check=True)
+        return Image(name.replace(".", ""), self.dir / name, "qcow2", target, 64 * MiB, backing.id if backing else None)
+
+    def overlays(self, on: Mapping[str, Image]) -> dict[str, Image]:
+        """An overlay for every disk."""
+        return {t: self.image(t, image) for t, image in on.items()}
+
+    def open(self) -> Driver:
+        """Return the driver."""
+        return QemuDriver(self.registered, self.machines, self.run)
+
+    def cleanup(self) -> None:
+        """Kill what is left."""
+        process = QemuDriver(self.registered, self.machines, self.run).process()
+        if process:
+            process.kill()
+        shutil.rmtree(self.run, ignore_errors=True)
+
+
+DRIVERS: dict[str, Callable[[Path], QemuCase]] = {"qemu": QemuCase}
+
+
+@pytest.fixture(params=sorted(DRIVERS))
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[QemuCase]:
+    """One driver and its machine."""
+    found = DRIVERS[request.param](tmp_path)
+    yield found
+    found.cleanup()
+
+
+def play(case: QemuCase, story: Callable[[Driver, Console], Awaitable[Any]]) -> None:
+    """Run a story with an open driver and the guest's console."""
+
+    async def run() -> None:
+        driver = case.open()
+        try:
+            with Console(case.console_path) as console:
+                await story(driver, console)
+        finally:
+            await driver.close()
+
+    asyncio.run(run())
+
+
+def chains(*tops: tuple[Image, ...]) -> dict[str, tuple[Image, ...]]:
+    """Chains by target."""
+    return {c[0].target: c for c in tops}
+
+
+def base_chains(case: QemuCase) -> dict[str, tuple[Image, ...]]:
+    """The chains of a fresh machine."""
+    return {t: (image,) for t, image in case.bases.items()}
+
+
+async def started(driver: Driver, case: QemuCase, console: Console) -> None:
+    """Start and wait until the guest counts."""
+    await driver.start(base_chains(case))
+    await asyncio.to_thread(console.wait, r"^C 50 bad=")
+
+
+def test_power_states_follow_the_verbs(case: QemuCase) -> None:
+    """off -> running -> paused -> running -> off, each as asked afresh."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        assert await driver.state() is VMState.STOPPED
+        await started(driver, case, console)
+        assert await driver.state() is VMState.RUNNING
+        await driver.pause()
+        assert await driver.state() is VMState.PAUSED
+        await driver.resume()
+        await driver.resume()
+        assert await driver.state() is VMState.RUNNING
+        await driver.quit()
+        assert await driver.state() is VMState.STOPPED
+
+    play(case, story)
+
+
+def test_start_paused_runs_nothing_until_resumed(case: QemuCase) -> None:
+    """The guest's console stays empty."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        await driver.start(base_chains(case), paused=True)
+        await asyncio.sleep(1)
+        assert await driver.state() is VMState.PAUSED and console.lines() == []
+        await driver.resume()
+        await asyncio.to_thread(console.wait, COUNT)
+
+    play(case, story)
+
+
+def test_power_off_presses_the_button_and_waits(case: QemuCase) -> None:
+    """The guest shuts down by itself."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        await started(driver, case, console)
+        assert await driver.power_off(60)
+        assert await driver.state() is VMState.STOPPED
+        assert any("GUEST POWEROFF" in line for _, line in console.lines())
+
+    play(case, story)
+
+
+def test_start_on_a_used_image_fails_with_the_reason(case: QemuCase) -> None:
+    """The hypervisor's own words reach the admin, and nothing stays behind."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        held = subprocess.Popen(
+            ["qemu-io", "-f", "qcow2", str(case.bases["vda"].path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        try:
+            assert held.stdin and held.stdout
+            held.stdin.write(b"read 0 512\n")
+            held.stdin.flush()
+            held.stdout.readline()
+            with pytest.raises(DriverFailed, match="lock"):
+                await driver.start(base_chains(case))
+            assert await driver.state() is VMState.STOPPED
+        finally:
+            held.kill()
+
+    play(case, story)
+
+
+def test_switch_disks_is_all_and_the_guest_counts_on(case: QemuCase) -> None:
+    """After the switch the frozen images do not change any more, and the guest never sees a difference."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        await started(driver, case, console)
+        overlays = case.overlays(case.bases)
+        await driver.prepare_disks(overlays)
+        await driver.pause()
+        await driver.switch_disks(overlays)
+        await driver.resume()
+        assert await driver.active_files() == {t: i.path for t, i in overlays.items()}
+        frozen = [i.path.read_bytes() for i in case.bases.values()]
+        now = console.counter() or 0
+        await asyncio.to_thread(console.wait, rf"^C {now + 100} bad=")
+        assert [i.path.read_bytes() for i in case.bases.values()] == frozen
+        assert console.bad() == []
+
+    play(case, story)
+
+
+def test_switch_disks_fails_as_a_whole(case: QemuCase) -> None:
+    """One disk can't: none is switched, and what was prepared can be taken back."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        await started(driver, case, console)
+        overlays = case.overlays(case.bases)
+        await driver.prepare_disks({"vda": overlays["vda"]})
+        with pytest.raises(DiskchainError):
+            await driver.switch_disks(overlays)
+        assert await driver.active_files() == {t: i.path for t, i in case.bases.items()}
+        await driver.forget_prepared(overlays)
+        await driver.prepare_disks(overlays)
+        await driver.switch_disks(overlays)
+        assert await driver.active_files() == {t: i.path for t, i in overlays.items()}
+
+    play(case, story)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_saved_memory_and_frozen_disks_are_one_instant(case: QemuCase, background: bool) -> None:
+    """Save memory at the switch, let the guest go on, load it on other overlays: it counts on from the instant."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        await started(driver, case, console)
+        overlays = case.overlays(case.bases)
+        definition = await driver.live_definition()
+        fd = os.open(case.dir / "memory", os.O_RDWR | os.O_CREAT, 0o600)
+        await driver.prepare_disks(overlays)
+        await driver.prepare_memory_save(fd, background=background)
+        await driver.pause()
+        await driver.switch_disks(overlays)
+        await driver.start_memory_save(background=background)
+        while not background and (await driver.save_progress()).status == "running":
+            await asyncio.sleep(0.01)
+        at = console.counter() or 0
+        await driver.resume()
+        while (progress := await driver.save_progress()).status == "running":
+            await asyncio.sleep(0.01)
+        assert progress.status == "completed"
+        await driver.end_memory_save()
+        await asyncio.to_thread(console.wait, rf"^C {at + 200} bad=")
+        await driver.kill()
+        again = case.overlays(case.bases)
+        mark = console.mark()
+        os.lseek(fd, 0, os.SEEK_SET)
+        await driver.start_from_memory(definition, {t: (i, case.bases[t]) for t, i in again.items()}, fd)
+        assert await driver.state() is VMState.PAUSED
+        await driver.resume()
+        first = int((await asyncio.to_thread(console.wait, COUNT, 60, mark))[1])
+        assert at - 2 <= first <= at + 30
+        await asyncio.to_thread(console.wait, rf"^C {first + 50} bad=")
+        assert console.bad() == []
+
+    play(case, story)
+
+
+def test_memory_that_is_none_is_refused_and_the_vm_is_off(case: QemuCase) -> None:
+    """Garbage instead of a stream: an error in words, no VM left behind."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        await started(driver, case, console)
+        definition = await driver.live_definition()
+        await driver.kill()
+        fd = os.open(case.dir / "garbage", os.O_RDWR | os.O_CREAT, 0o600)
+        os.write(fd, b"no stream at all" * 4096)
+        os.lseek(fd, 0, os.SEEK_SET)
+        with pytest.raises(DiskchainError):
+            await driver.start_from_memory(definition, base_chains(case), fd)
+        assert await driver.state() is VMState.STOPPED
+
+    play(case, story)
+
+
+def test_pause_guard_lets_the_vm_go_on_after_its_limit_and_on_our_death(case: QemuCase) -> None:
+    """Armed and forgotten: it fires. Armed and disarmed: it does not."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        await started(driver, case, console)
+        async with driver.pause_guard(limit=1.0) as guard:
+            guard.arm()
+            await driver.pause()
+            began = time.monotonic()
+            while await driver.state() is VMState.PAUSED:
+                await asyncio.sleep(0.05)
+            assert 0.5 < time.monotonic() - began < 5 and guard.fired()
+        async with driver.pause_guard(limit=30) as guard:
+            guard.arm()
+            await driver.pause()  # leaving the block without `disarm` is what our death looks like to it
+        while await driver.state() is VMState.PAUSED:
+            await asyncio.sleep(0.05)
+        async with driver.pause_guard(limit=0.5) as guard:
+            guard.arm()
+            await driver.pause()
+            guard.disarm()
+            await asyncio.sleep(1)
+            assert await driver.state() is VMState.PAUSED and not guard.fired()
+
+    play(case, story)
+
+
+def test_definition_survives_define_and_says_what_differs(case: QemuCase) -> None:
+    """What is defined is what comes back; differences are words."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        old = driver.definition()
+        assert driver.differences(old, old) == []
+        assert driver.missing_files(old) == []
+        await driver.define(old, base_chains(case))
+        assert driver.definition() == old
+
+    play(case, story)
+    bigger = replace(case.registered.machine, memory=256 * MiB)
+    other = QemuDriver(replace(case.registered, machine=bigger), case.machines, case.run)
+    assert other.differences(case.open().definition(), other.definition()) == ["memory 128 MiB -> 256 MiB"]
