@@ -36,6 +36,9 @@ class Config:
     state_dir: Path = Path("/var/lib/diskchain")  # definitions of the machines that diskchain runs
     run_dir: Path = Path("/run/diskchain")  # sockets and pid files of running machines
     wait: float = 10.0  # seconds to wait for another operation on the same VM
+    # where backing files may lie besides the directories of a VM's own disks and machine file; an image that names
+    # something else (/etc/shadow) is refused, or its guest could read it
+    image_roots: tuple[Path, ...] = (Path("/var/lib/libvirt/images"), Path("/srv"))
 
 
 def _default_dirs(env: Mapping[str, str]) -> dict[str, Path]:
@@ -100,6 +103,8 @@ def _known(key: str, names: Iterable[str], file: Path, shown: str) -> None:
 def _typed(now: Any, value: Any, file: Path, key: str) -> Any:
     if isinstance(now, Path) and isinstance(value, str):
         return Path(value)
+    if isinstance(now, tuple) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(Path(v) for v in value)
     if isinstance(now, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if isinstance(now, str) and isinstance(value, str):

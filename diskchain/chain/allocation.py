@@ -52,6 +52,7 @@ class Allocation:
     virtual_size: int
     refcount_bits: int
     l1_entries: int
+    refcount_table_entries: int
     file_size: int
     file_holes: int
     """Bytes of the file that are not on the disk, so that writing into a cluster it already has can take space."""
@@ -182,13 +183,19 @@ def _metadata(top: Allocation, into: Allocation, clusters: int) -> int:
     QEMU makes tables half as large again when they must grow, and writes the new one before it frees the old one.
     """
     size = into.cluster_size
-    l1_entries = -(-top.virtual_size // (size * into.row_length))
-    l1 = 12 * l1_entries + size if l1_entries > into.l1_entries else 0
+    l1 = _grown_table(-(-top.virtual_size // (size * into.row_length)), into.l1_entries, size)
+    clusters += l1 // size
     per_block = 8 * size // into.refcount_bits
-    total = into.file_size // size + clusters + l1 // size
-    blocks = -(-(clusters + l1 // size) // per_block) + 1
-    table = 12 * (-(-total // per_block) + blocks) + size if blocks else 0
-    return l1 + blocks * size + _rounded_up(table, size) * (1 if clusters else 0) + size
+    needed = -(-(into.file_size // size + clusters) // per_block) + 1
+    if needed <= 2:  # one and one to spare: the first block is always there
+        return l1 + size
+    blocks = -(-clusters // per_block) + 1
+    return l1 + blocks * size + _grown_table(needed, into.refcount_table_entries, size) + size
+
+
+def _grown_table(needed: int, present: int, cluster_size: int) -> int:
+    """Bytes of a new table of 8-byte entries, if the present one is too small."""
+    return _rounded_up(12 * needed, cluster_size) + cluster_size if needed > present else 0
 
 
 def _rounded_up(value: int, unit: int) -> int:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from diskchain import __version__
 from diskchain.chain.text import printable
 from diskchain.errors import DiskchainError
 
@@ -139,13 +138,25 @@ def common(command: F) -> F:
 
 def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        click.echo(f"diskchain {__version__}")
+        click.echo(f"diskchain {_version()}")
         ctx.exit()
+
+
+def _version() -> str:
+    metadata = importlib.import_module("importlib.metadata")  # takes 20 ms; nobody else needs it
+    try:
+        return str(metadata.version("diskchain"))
+    except metadata.PackageNotFoundError:
+        return "(not installed, from its source tree)"
 
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"auto_envvar_prefix": "DISKCHAIN", "help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={
+        "auto_envvar_prefix": "DISKCHAIN",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+    },
     epilog="Example: diskchain create web1 before-upgrade",
 )
 @click.option("-c", "--connect", metavar="URI", expose_value=False, callback=_note, help="libvirt connection.")
@@ -193,6 +204,8 @@ def _run(app: App, argv: list[str]) -> int:
         raise
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except OSError as error:
+        return _report(app, 1, "OSError", _of_the_system(error), None)
     except Exception as error:
         return _report_bug(app, error)
     return result if isinstance(result, int) and result else app.exit_code
@@ -214,6 +227,11 @@ def _report_abort(app: App, error: click.Abort) -> int:
     if isinstance(error.__cause__, EOFError):
         return _report(app, 1, "NotConfirmed", "nothing was changed", None)
     return _report(app, 130, "Interrupted", app.interrupted, None)
+
+
+def _of_the_system(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text
 
 
 def _report_bug(app: App, error: Exception) -> int:

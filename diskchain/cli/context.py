@@ -121,7 +121,7 @@ def answer(app: App, payload: dict[str, Any], lines: Iterable[str]) -> None:
         app.answered = True
         return
     for line in lines:
-        click.echo(printable(line))
+        click.echo("\t".join(map(printable, line.split("\t"))))
 
 
 def note(app: App, text: str) -> None:

@@ -26,7 +26,7 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
     """A duration, in seconds."""
 
     name = "duration"
@@ -41,7 +41,7 @@ class Duration(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class VMName(click.ParamType):
+class VMName(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
     """The name of a VM: `web1` or `qemu:web1`."""
 
     name = "vm"
@@ -57,7 +57,7 @@ class VMName(click.ParamType):
         return [CompletionItem(name) for name in look.names_quietly() if name.startswith(incomplete)]
 
 
-class SnapshotName(click.ParamType):
+class SnapshotName(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
     """The name (or id) of a snapshot."""
 
     name = "snapshot"

@@ -9,6 +9,7 @@ from diskchain.chain.plan import Plan
 from diskchain.chain.text import printable
 from diskchain.errors import UsageError
 from diskchain.ops.look import Listing, SnapshotView
+from diskchain.ops.merge import Merged
 
 _KIB = 1024
 
@@ -22,7 +23,7 @@ def size(count: int | None) -> str:
         if round(value) < _KIB or unit == "P":
             break
         value /= _KIB
-    short = f"{value:.1f}" if unit in ("G", "T", "P") and value < 9.95 else f"{value:.0f}"
+    short = f"{value:.1f}" if unit in ("M", "G", "T", "P") and value < 9.95 else f"{value:.0f}"
     return short.removesuffix(".0") + unit
 
 
@@ -67,7 +68,7 @@ def columns(asked: str | None, known: Sequence[str], usual: Sequence[str]) -> li
 
 
 def table(rows: Sequence[Row], names: Sequence[str], *, headers: bool = True) -> list[str]:
-    """Return rows as aligned lines with a header; without `headers` separated by tabs."""
+    """Return rows as aligned lines with a header; without `headers` separated by tabs. Cells are made safe here."""
     cells = [[printable(row.get(name, "")) for name in names] for row in rows]
     if not headers:
         return ["\t".join(row) for row in cells]
@@ -78,11 +79,6 @@ def table(rows: Sequence[Row], names: Sequence[str], *, headers: bool = True) ->
 
 def _pad(name: str, cell: str, columns: int) -> str:
     return rjust(cell, columns) if name in RIGHT else ljust(cell, columns)
-
-
-def tabbed(lines: Sequence[str]) -> list[str]:
-    """Return lines with tabs in the form that passes `printable` untouched (they were made safe cell by cell)."""
-    return list(lines)
 
 
 # -- the list ----------------------------------------------------------------------------------------------------------
@@ -200,3 +196,12 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.point_of_no_return:
         lines.append(f"No way back: {plan.point_of_no_return}")
     return lines + [f"Warning: {text}" for text in plan.warnings]
+
+
+def merged_line(merged: Merged) -> str:
+    """Return one carried out merge in a line."""
+    top = merged.top.rpartition("/")[2]
+    if merged.method == "unlink":
+        return f"  {merged.disk}: {top} deleted"
+    into = merged.into.rpartition("/")[2]
+    return f"  {merged.disk}: {size(merged.bytes)} of {top} folded into {into} in {merged.seconds:.1f} s"

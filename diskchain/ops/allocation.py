@@ -47,6 +47,7 @@ def _allocation(opened: files.Opened, header: Header) -> Allocation:
         virtual_size=header.virtual_size,
         refcount_bits=1 << header.refcount_order,
         l1_entries=header.l1_entries,
+        refcount_table_entries=header.refcount_table_clusters * header.cluster_size // 8,
         file_size=status.st_size,
         file_holes=max(0, status.st_size - status.st_blocks * 512),
         rows={index: _row(opened.fd, offset, header) for index, offset, _ in entries},

@@ -170,7 +170,9 @@ async def carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
 
 def _tombstone(vm: VM, entry: Entry) -> None:
     """The snapshot is no state any more, durably, before its frozen images change; its memory goes at once."""
-    snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
+    snapshot = vm.catalog.snapshots.get(entry.data["snapshot"])
+    if snapshot is None:
+        return  # we died after the catalog of afterwards was written
     vm.save(vm.catalog.with_snapshot(replace(snapshot, deleted=True, memory=Memory())))
     files.unlink_durably(vm.home.memory(snapshot.id))
     point("delete.tombstoned")
@@ -260,7 +262,10 @@ def defer(vm: VM, entry: Entry) -> None:
     """`start` wins: an interrupted commit becomes a pending merge; its plan is made anew when it is done."""
     snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
     begun = entry.state == "commit" or entry.data["unclean"]
-    vm.save(vm.catalog.with_snapshot(replace(snapshot, deleted=True, merge_begun=begun, memory=Memory())))
+    catalog = vm.catalog.with_snapshot(replace(snapshot, deleted=True, merge_begun=begun, memory=Memory()))
+    if begun:  # these images are no state of their own any more; what they look like says nothing
+        catalog = catalog.with_images(replace(f.into, fingerprint=None) for f in _folds(catalog, entry))
+    vm.save(catalog)
     files.unlink_durably(vm.home.memory(snapshot.id))
     entry.close()
 

@@ -26,7 +26,7 @@ def verify_chain(catalog: Catalog, top: str) -> None:
     """
     chain = catalog.chain(top)
     try:
-        found = approve_chain(chain[0].path, chain[0].fmt)
+        found = approve_chain(chain[0].path, chain[0].fmt, roots=sorted({i.path.parent for i in chain}))
     except NotFound as error:
         raise ChainDamaged(f"{chain[0].target}: {error.message}", hint=_missing_hint(chain[0])) from error
     for image, there in zip(chain, found, strict=False):

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diskchain.chain.machine import parse_machine_file
 from diskchain.chain.model import Catalog, Image, Snapshot
+from diskchain.chain.plan import Plan
 from diskchain.config import load_config
 from diskchain.drivers.machines import Machines, Registered
-from diskchain.errors import DiskchainError
+from diskchain.errors import BadMachineFile, DiskchainError, NotFound
 from diskchain.host import files
 from diskchain.ops.vm import VM, Host
 from diskchain.store import catalog as catalog_store
@@ -224,9 +226,7 @@ class Shown:
 def show(vm: VM, name: str) -> Shown:
     """Return all about a snapshot. Raise NotFound."""
     snapshot = vm.catalog.find(name)
-    layers = [
-        _layer(image, target) for target, top in snapshot.disks.items() for image in vm.catalog.chain(top)
-    ]
+    layers = [_layer(image, target) for target, top in snapshot.disks.items() for image in vm.catalog.chain(top)]
     memory = str(vm.home.memory(snapshot.id)) if snapshot.memory.saved else None
     return Shown(view(vm.catalog, vm.home, snapshot, time.time()), layers, _configuration(vm, snapshot), memory)
 
@@ -286,12 +286,32 @@ def _disk(spec: dict[str, Any], catalog: Catalog | None) -> dict[str, Any]:
             "role": spec["role"]}  # fmt: skip
 
 
+def plan_define(file: Path) -> Plan:
+    """Return what `machine define` would define, read from the file alone. Raise NotFound, BadMachineFile."""
+    try:
+        text = file.read_text()
+    except FileNotFoundError:
+        raise NotFound(f"{file} does not exist", hint="docs/machine-file.md shows one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadMachineFile(f"{file} can't be read: {error}") from None
+    machine = parse_machine_file(text, str(file))
+    steps = [f"define it with {machine.memory >> 20} MiB of memory and {machine.cpus} CPUs"]
+    steps += [f"{disk.target}: {file.parent / disk.image}" for disk in machine.disks]
+    return Plan(f"{machine.name}: define", tuple(steps))
+
+
 # -- small questions ---------------------------------------------------------------------------------------------------
 
 
 def is_unfinished(vm: VM) -> bool:
     """Whether an operation on the VM is at work or was interrupted."""
     return journal.is_open(vm.home)
+
+
+def open_operation(vm: VM) -> str | None:
+    """Return the operation that is at work or was interrupted. Raise RecordDamaged."""
+    entry = journal.open_entry(vm.home)
+    return entry.op if entry else None
 
 
 def saves_memory(vm: VM) -> bool:

@@ -42,7 +42,8 @@ async def define(host: Host, file: Path) -> Defined:
     machine = with_absolute_paths(_parse(file), file.parent.absolute())
     known = _known(host.machines, machine.name)
     disks = [_with_format(file, d) for d in machine.disks]
-    chains = {d.target: approve_chain(Path(d.image), d.fmt) for d in disks}
+    roots = [*host.config.image_roots, file.parent.resolve(), *(Path(d.image).parent for d in disks)]
+    chains = {d.target: _approved(Path(d.image), d.fmt, roots) for d in disks}
     machine = replace(machine, disks=tuple(replace(d, image=str(chains[d.target][0].path)) for d in disks))
     home = _home_of(host, machine, known, chains)
     machine = await _completed(machine, known, home)
@@ -84,6 +85,17 @@ def _with_format(file: Path, disk: DiskSpec) -> DiskSpec:
     if fmt == "raw" and is_qcow2 and not disk.fmt:
         raise HostileImage(f"{path} is named raw but begins like qcow2", hint='add format = "..." if you are sure')
     return replace(disk, image=str(path.resolve()), fmt=fmt)
+
+
+def _approved(path: Path, fmt: str, roots: list[Path]) -> list[ApprovedImage]:
+    """Approve a chain whose files lie where images may lie."""
+    try:
+        return approve_chain(path, fmt, roots=roots)
+    except HostileImage as error:
+        if "outside the allowed" not in error.message:
+            raise
+        raise HostileImage(error.message, hint="if that backing file is yours, add its directory to image_roots in "
+                           "/etc/diskchain/diskchain.toml") from error  # fmt: skip
 
 
 def _home_of(host: Host, machine: Machine, known: Registered | None, chains: dict[str, list[ApprovedImage]]) -> Home:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diskchain.chain.model import Image, MiB
+from diskchain.chain.allocation import new_bytes
+from diskchain.chain.model import Image
 from diskchain.chain.plan import Fold
 from diskchain.errors import ChainDamaged
 from diskchain.host import files, qemu_img
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
+from diskchain.ops.allocation import allocated, raw_extents
 from diskchain.ops.progress import Progress
 
 
@@ -36,10 +38,9 @@ class Merged:
 
 
 def growth(top: Image, into: Image) -> int:
-    """Return how many bytes `into` may grow by: what the overlay holds, never more than its whole size allows."""
-    held = files.allocated_bytes(top.path)
-    room = max(0, top.virtual_size + top.virtual_size // 1000 + MiB - files.allocated_bytes(into.path))
-    return min(held, room)
+    """Return how many bytes `into` can grow by when `top` is committed into it (from their allocation tables)."""
+    below = raw_extents(into.path) if into.fmt == "raw" else allocated(into.path)
+    return new_bytes(allocated(top.path), below)
 
 
 async def fold(fold: Fold, guard: ImageGuard, index: int, *, unclean: bool, progress: Progress) -> Merged:

@@ -231,9 +231,9 @@ class Rig:
 
     # -- time and end
 
-    def save_template(self) -> Path:
+    def save_template(self, name: str = "template") -> Path:
         """Copy the whole directory away; `restore_template` brings it back."""
-        template = self.dir.with_suffix(".template")
+        template = self.dir.with_suffix(f".{name}")
         shutil.rmtree(template, ignore_errors=True)
         shutil.copytree(self.dir, template, symlinks=True, copy_function=_copy_sparse)
         return template

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +221,85 @@ def test_parse_of_mutated_headers_raises_only_our_errors(
     for offset, content in pokes:
         data[offset : offset + len(content)] = content
     only_our_errors(bytes(data[: max(cut, 60)]), size)
+
+
+# The short way (headers known but for the name) and the full one
+
+
+OVERLAYS = ["compat=1.1", "compat=0.10", "compression_type=zstd", "cluster_size=512", "extended_l2=on"]
+
+
+@lru_cache
+def real_overlays() -> list[bytes]:
+    """The first 4 KiB of overlays as qemu-img makes them, with names of several lengths."""
+    found = []
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "top.qcow2")
+        for option, name in itertools.product(OVERLAYS, ["b", "base.qcow2", "x" * 130]):
+            qemu_img("create", "-q", "-u", "-f", "qcow2", "-o", option, "-b", name, "-F", "qcow2", path, "16M")
+            found.append(path.read_bytes()[:4096])
+    return found
+
+
+def outcome(parse: Callable[[bytes, int], qcow2.Header], data: bytes, size: int) -> tuple[object, ...]:
+    """What it gives: the header, or class, message and hint of the error."""
+    try:
+        return (parse(data, size),)
+    except DiskchainError as error:
+        return type(error), error.message, error.hint
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 800), st.binary(min_size=1, max_size=8)), max_size=4)
+
+
+@settings(max_examples=3000, deadline=None)
+@given(
+    number=st.integers(0, 14),
+    changes=CHANGES,
+    cut=st.one_of(st.just(4096), st.integers(0, 1000)),
+    size=st.one_of(st.sampled_from([0, 197 << 10, 256 << 10, 1 << 40]), st.integers(0, 300 << 10)),
+)
+def test_parse_of_a_known_header_agrees_with_the_full_way(
+    number: int, changes: list[tuple[int, bytes]], cut: int, size: int
+) -> None:
+    data = bytearray(real_overlays()[number])
+    for offset, content in changes:
+        data[offset : offset + len(content)] = content
+    changed = bytes(data[:cut])
+    expected = outcome(qcow2._parse_fully, changed, size)
+    assert outcome(qcow2.parse_header, changed, size) == expected
+    assert outcome(qcow2.parse_header, changed, size) == expected  # now surely known
+
+
+@pytest.mark.parametrize("number", range(15))
+def test_parse_of_a_known_header_minds_every_file_size(number: int) -> None:
+    data = real_overlays()[number]
+    sizes = [*range(0, 320 << 10, 512), *range(3 << 16, (3 << 16) + 32)]
+    assert [outcome(qcow2.parse_header, data, size) for size in sizes] == [
+        outcome(qcow2._parse_fully, data, size) for size in sizes
+    ]
+
+
+@pytest.mark.parametrize("number", range(15))
+def test_parse_of_a_real_overlay_goes_the_short_way(number: int) -> None:
+    assert qcow2._parse_known(real_overlays()[number], 1 << 20) is not None
+
+
+LAST = 4 << 16  # behind everything else that `header` writes
+
+
+@pytest.mark.parametrize(
+    ("data", "end"),
+    [
+        (header(backing=b"b", autoclear=1, extensions=[(0x23852875, struct.pack(">IIQQ", 1, 0, 32, LAST))]), LAST + 32),
+        (header(backing=b"b", snapshots=9, snapshots_offset=LAST), LAST + 360),
+        (header(backing=b"b", refcount_offset=LAST), LAST + 8),
+        (header(backing=b"b", l1_offset=LAST, l1_entries=5), LAST + 40),
+    ],
+    ids=["bitmaps", "snapshots", "refcounts", "l1"],
+)
+def test_parse_of_a_known_header_minds_the_end_of_its_last_table(data: bytes, end: int) -> None:
+    assert outcome(qcow2.parse_header, data, end)[0] == qcow2._parse_fully(data, end)
+    for size in (0, LAST, end - 1, end, end + 1, 1 << 70):
+        assert outcome(qcow2.parse_header, data, size) == outcome(qcow2._parse_fully, data, size)
+    assert outcome(qcow2.parse_header, data, end - 1)[0] is ChainDamaged

@@ -1,0 +1,114 @@
+"""create."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import click
+
+from diskchain.chain.model import Snapshot, snapshot_name
+from diskchain.cli import context, render
+from diskchain.cli.app import App, common, error_json
+from diskchain.cli.options import Duration, changing_options, vm_argument
+from diskchain.errors import Degraded, UsageError
+from diskchain.ops import create as ops
+from diskchain.ops import look
+from diskchain.ops.create import Request
+from diskchain.ops.vm import VM, Host, refuse_unfinished
+
+BY_CONFIG = {"auto": "auto", "always": "background", "never": "never"}
+
+
+class CreateCommand(click.Command):
+    """`--memory` alone means `--memory=background`; the word after it is never its value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give a bare --memory its value."""
+        end = args.index("--") if "--" in args else len(args)
+        words = ["--memory=background" if word == "--memory" else word for word in args[:end]]
+        return super().parse_args(ctx, words + args[end:])
+
+
+@click.command(
+    cls=CreateCommand,
+    epilog="Example: diskchain create web1 before-upgrade -d 'before PostgreSQL 17'",
+)
+@vm_argument
+@click.argument("name", default="", required=False)
+@click.option("-d", "--description", default="", metavar="TEXT", help="What it is for.")
+@click.option(
+    "--memory",
+    type=click.Choice(["background", "paused"]),
+    metavar="[=paused]",
+    help="With memory, saved while the VM runs; --memory=paused: the VM stands still until it is saved.",
+)
+@click.option("--disk-only", is_flag=True, help="Without memory; a revert boots from it as after a power cut.")
+@click.option("--max-pause", type=Duration(), metavar="TIME", help="Warn of a longer pause (default 500ms).")
+@changing_options
+@common
+def create(
+    vm: str,
+    name: str,
+    description: str,
+    memory: str | None,
+    disk_only: bool,
+    max_pause: float | None,
+    wait: float | None,
+    dry_run: bool,
+) -> None:
+    """Take a snapshot of a VM; with its memory when it runs. Without NAME it gets one from the date."""
+    app = context.current()
+    if memory and disk_only:
+        raise UsageError("--memory and --disk-only contradict each other", hint="give one of them")
+    host = context.open_host(app, wait)
+    settings = host.config.create
+    if settings.memory not in BY_CONFIG:
+        raise UsageError(f"create.memory is {settings.memory!r}", hint="auto, always or never")
+    save = "never" if disk_only else memory or BY_CONFIG[settings.memory]
+    pause = settings.max_pause if max_pause is None else max_pause
+    request = Request(snapshot_name(name) if name else "", description, save, pause)
+    context.run_async(_plan(app, host, vm, request) if dry_run else _create(app, host, vm, request))
+
+
+async def _plan(app: App, host: Host, name: str, request: Request) -> None:
+    async with host.change(name, "create --dry-run") as vm:
+        refuse_unfinished(vm)
+        prepared = await ops.prepare(vm, request)
+        if prepared.save == "background":
+            await vm.driver.end_memory_save()  # the probe had switched it on
+        context.show_plan(app, prepared.plan)
+
+
+async def _create(app: App, host: Host, name: str, request: Request) -> None:
+    async with context.changing(app, host, name, "create") as vm:
+        try:
+            snapshot = await ops.create(vm, request, context.progress(app))
+        except asyncio.CancelledError:
+            if look.saves_memory(vm):
+                app.interrupted = (f"the memory goes on being saved in the background; "
+                                   f"diskchain list {vm.name} shows when it is done")  # fmt: skip
+            raise
+        _tell(app, vm, snapshot)
+
+
+def _tell(app: App, vm: VM, snapshot: Snapshot) -> None:
+    view = look.view(vm.catalog, vm.home, snapshot, time.time())
+    body: dict[str, Any] = {"vm": vm.name, "snapshot": look.snapshot_json(view), "pause_ms": snapshot.pause_ms}
+    failed = None
+    if snapshot.memory.status == "failed":
+        failed = Degraded(f"snapshot {snapshot.name!r} was made without memory: {snapshot.memory.reason}",
+                          hint=f"diskchain delete {vm.name} {snapshot.name}, if it is of no use so")  # fmt: skip
+        body["error"] = error_json(failed.exit_code, failed.kind, failed.message, failed.hint)
+    context.answer(app, body, [_line(vm, snapshot)])
+    if failed:
+        raise failed
+
+
+def _line(vm: VM, snapshot: Snapshot) -> str:
+    parts = [f"memory {render.size(snapshot.memory.bytes)}"] if snapshot.memory.saved else []
+    parts.append(f"{len(snapshot.disks)} disk{'' if len(snapshot.disks) == 1 else 's'}")
+    if snapshot.pause_ms is not None:
+        parts.append(f"the guest was paused {snapshot.pause_ms:.0f} ms")
+    return f"created {snapshot.name!r} of {vm.name}: {', '.join(parts)}"

@@ -1,0 +1,143 @@
+"""list, tree, show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from diskchain.cli import context, render
+from diskchain.cli.app import App, common, error_lines
+from diskchain.cli.options import maybe_vm_argument, snapshot_argument, vm_argument
+from diskchain.errors import DiskchainError
+from diskchain.ops import look
+from diskchain.ops.look import Listing, Shown
+from diskchain.ops.vm import Host
+
+
+@click.command("list", epilog="Example: diskchain list web1 -H -o NAME,DISK")
+@maybe_vm_argument
+@click.option("-o", "--output", "columns", metavar="COLS", help=f"Columns: {','.join(render.LIST_KNOWN)}.")
+@click.option("-H", "--no-headers", is_flag=True, help="Tabs, exact bytes, no header: for scripts.")
+@common
+def list_(vm: str | None, columns: str | None, no_headers: bool) -> None:
+    """List a VM's snapshots, oldest first; without VM those of all."""
+    names = render.columns(columns, render.LIST_KNOWN, render.LIST_USUAL)
+
+    def draw(listing: Listing) -> list[str]:
+        if no_headers:
+            rows = render.snapshot_rows(listing, exact=True)
+            return render.table(rows, names, headers=False)
+        return render.list_lines(listing, columns)
+
+    heading = (lambda listing: []) if no_headers else _heading
+    _show_listings(vm, draw, look.listing_json, heading)
+
+
+def _heading(listing: Listing) -> list[str]:
+    return [f"{listing.vm} ({listing.state})"]
+
+
+@click.command(epilog="Example: diskchain tree web1")
+@maybe_vm_argument
+@common
+def tree(vm: str | None) -> None:
+    """Show a VM's snapshots as a tree, with "you are here"; without VM those of all."""
+    _show_listings(vm, render.tree_lines, look.tree_json, lambda listing: [])
+
+
+def _show_listings(
+    vm: str | None,
+    draw: Callable[[Listing], list[str]],
+    as_json: Callable[[Listing], dict[str, Any]],
+    heading: Callable[[Listing], list[str]],
+) -> None:
+    app = context.current()
+    host = context.open_host(app)
+    if vm is not None:
+        listing = context.run_async(_listing(host, vm))
+        context.answer(app, as_json(listing), draw(listing))
+        return
+    found = context.run_async(_all_listings(app, host))
+    blocks = [[*heading(one), *draw(one)] for one in found]
+    context.answer(app, {"vms": [as_json(one) for one in found]}, _joined(blocks, apart=bool(blocks and blocks[0])))
+
+
+def _joined(blocks: list[list[str]], *, apart: bool) -> list[str]:
+    lines: list[str] = []
+    for block in blocks:
+        lines += [""] if lines and apart and "\t" not in block[0] else []
+        lines += block
+    return lines
+
+
+async def _listing(host: Host, name: str) -> Listing:
+    async with host.look(name) as vm:
+        return await look.listing(vm)
+
+
+async def _all_listings(app: App, host: Host) -> list[Listing]:
+    """List every VM; one that can't be read is told of, and is the exit code."""
+    found = []
+    for name in host.names():
+        try:
+            found.append(await _listing(host, name))
+        except DiskchainError as error:
+            for line in error_lines(f"{name}: {error.message}", error.hint):
+                click.echo(line, err=True)
+            app.exit_code = max(app.exit_code, error.exit_code)
+    return found
+
+
+@click.command(epilog="Example: diskchain show web1 before-upgrade")
+@vm_argument
+@snapshot_argument
+@common
+def show(vm: str, name: str) -> None:
+    """Show everything about one snapshot: layers, configuration, memory file, who and why."""
+    app = context.current()
+    context.run_async(_show(app, context.open_host(app), vm, name))
+
+
+async def _show(app: App, host: Host, name: str, snapshot: str) -> None:
+    async with host.look(name) as vm:
+        shown = look.show(vm, snapshot)
+        context.answer(app, look.show_json(vm, shown), _shown_lines(shown))
+
+
+def _shown_lines(shown: Shown) -> list[str]:
+    view, snapshot = shown.view, shown.view.snapshot
+    fields = [
+        ("name", snapshot.name), ("id", snapshot.id), ("created", snapshot.created), ("by", snapshot.by),
+        ("description", snapshot.description or "-"), ("parent", view.parent or "-"), ("state", snapshot.state),
+        ("consistency", snapshot.consistency), ("the VM was", snapshot.was),
+        ("paused", "-" if snapshot.pause_ms is None else f"{snapshot.pause_ms:.0f} ms"),
+        ("protected", "yes" if snapshot.protected else "no"), ("memory", snapshot.memory.status), *_memory(shown),
+    ]  # fmt: skip
+    lines = [f"{label + ':':<14} {text}" for label, text in fields]
+    lines += ["layers, topmost first:", *map(_layer_line, shown.layers)]
+    return [*lines, "configuration:", *_configuration(shown.configuration)]
+
+
+def _memory(shown: Shown) -> list[tuple[str, str]]:
+    memory = shown.view.snapshot.memory
+    if memory.status == "failed":
+        return [("  reason", memory.reason)]
+    if not shown.memory_file:
+        return []
+    return [("  file", shown.memory_file), ("  size", render.size(memory.bytes)), ("  sha256", memory.sha256)]
+
+
+def _layer_line(layer: dict[str, Any]) -> str:
+    return f"  {layer['target']}  {layer['format']:<5}  {render.size(layer['bytes']):>5}  {layer['path']}"
+
+
+def _configuration(machine: dict[str, Any]) -> list[str]:
+    if not machine:
+        return ["  can't be read"]
+    shown = {key: value for key, value in machine.items() if isinstance(value, (str, int)) and value != ""}
+    shown["memory"] = render.size(int(machine.get("memory", 0)))
+    nets = ", ".join(str(net.get("mac", "")) for net in machine.get("nets", []))
+    words: dict[object, str] = {True: "yes", False: "no"}
+    return [f"  {key}: {words[v] if isinstance(v, bool) else v}" for key, v in {**shown, "macs": nets or "-"}.items()]

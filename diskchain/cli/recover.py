@@ -1,0 +1,95 @@
+"""recover."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from diskchain.chain.plan import Plan
+from diskchain.cli import context, render
+from diskchain.cli.app import App, common, error_json, error_lines
+from diskchain.cli.options import changing_options, maybe_vm_argument, yes_option
+from diskchain.errors import DiskchainError, UsageError
+from diskchain.ops import look
+from diskchain.ops import recover as ops
+from diskchain.ops.vm import Host
+
+
+@click.command(epilog="Example: diskchain recover web1")
+@maybe_vm_argument
+@click.option("--finish", is_flag=True, help="Only forward; refuse where that can't be.")
+@click.option("--undo", is_flag=True, help="Only back; refuse where that can't be.")
+@yes_option
+@changing_options
+@common
+def recover(vm: str | None, finish: bool, undo: bool, yes: bool, wait: float | None, dry_run: bool) -> None:
+    """Finish or undo what was interrupted on a VM; without VM on all."""
+    if finish and undo:
+        raise UsageError("--finish and --undo contradict each other", hint="give one of them, or none")
+    app = context.current()
+    host = context.open_host(app, wait)
+    if dry_run:
+        context.run_async(_plan(app, host, [vm] if vm else host.names()))
+    elif vm:
+        context.run_async(_recover_one(app, host, vm, finish, undo, yes))
+    else:
+        context.run_async(_recover_all(app, host, finish, undo, yes))
+
+
+async def _plan(app: App, host: Host, names: list[str]) -> None:
+    plans = [await _plan_of(host, name) for name in names]
+    if len(plans) == 1:
+        context.show_plan(app, plans[0])
+        return
+    lines = [line for plan in plans for line in render.plan_lines(plan)]
+    context.answer(app, {"results": [{"plan": plan.to_json()} for plan in plans]}, lines)
+
+
+async def _plan_of(host: Host, name: str, how: str = "finish or undo") -> Plan:
+    async with host.look(name) as vm:
+        operation = look.open_operation(vm)
+        step = f"{how} the open {operation}" if operation else "nothing was interrupted"
+        return Plan(f"{vm.name}: recover", (step,))
+
+
+async def _recover_one(app: App, host: Host, name: str, finish: bool, undo: bool, yes: bool) -> None:
+    if undo:
+        context.confirm(app, await _plan_of(host, name, "undo"), "Undo it?", yes=yes)
+    body, line = await _recover(app, host, name, finish, undo)
+    context.answer(app, body, [line])
+
+
+async def _recover_all(app: App, host: Host, finish: bool, undo: bool, yes: bool) -> None:
+    results, lines = [], []
+    if undo:
+        plan = Plan("all VMs: recover", ("undo whatever was interrupted",))
+        context.confirm(app, plan, "Undo it?", yes=yes)
+    for name in host.names():
+        try:
+            if not await _is_open(host, name):
+                continue
+            body, line = await _recover(app, host, name, finish, undo)
+            results.append(body)
+            lines.append(line)
+        except DiskchainError as error:
+            results.append({"vm": name, "error": error_json(error.exit_code, error.kind, error.message, error.hint)})
+            for text in error_lines(f"{name}: {error.message}", error.hint):
+                click.echo(text, err=True)
+            app.exit_code = max(app.exit_code, error.exit_code)
+    context.answer(app, {"results": results}, lines if results else ["nothing was interrupted"])
+
+
+async def _is_open(host: Host, name: str) -> bool:
+    async with host.look(name) as vm:
+        return look.is_unfinished(vm)
+
+
+async def _recover(app: App, host: Host, name: str, finish: bool, undo: bool) -> tuple[dict[str, Any], str]:
+    async with host.change(name, "recover") as vm:
+        done = await ops.recover(vm, host.machines, context.progress(app), undo=undo, finish=finish)
+        if done is None:
+            return {"vm": vm.name, "outcome": "nothing"}, f"{vm.name}: nothing was interrupted"
+        body = {"vm": vm.name, "op": done.op, "snapshot": done.name, "state": done.state, "outcome": done.outcome,
+                "note": done.note}  # fmt: skip
+        return body, f"{vm.name}: the interrupted {done.op} of {done.name!r} was {done.outcome} ({done.note})"

@@ -1,0 +1,89 @@
+"""revert and undo."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from diskchain.cli import context
+from diskchain.cli.app import App, common
+from diskchain.cli.options import changing_options, snapshot_argument, vm_argument, yes_option
+from diskchain.errors import Busy, UsageError
+from diskchain.ops import revert as ops
+from diskchain.ops.revert import Request, Reverted
+from diskchain.ops.vm import VM, Host
+
+
+@click.command(epilog="Example: diskchain revert web1 before-upgrade --keep-as tried-pg17")
+@vm_argument
+@snapshot_argument
+@click.option("--keep-as", default="", metavar="NAME", help="Name of the kept present (default: before-revert-N).")
+@click.option("--discard", is_flag=True, help="Don't keep the present: what was written since is gone.")
+@click.option("--keep-memory", is_flag=True, help="Keep the present with its memory.")
+@click.option("--cold", is_flag=True, help="Boot from the disks, leave the snapshot's memory alone.")
+@click.option("--start", is_flag=True, help="Let the VM run afterwards.")
+@click.option("--paused", is_flag=True, help="Leave the VM paused afterwards.")
+@click.option("--stopped", is_flag=True, help="Leave the VM off afterwards.")
+@yes_option
+@changing_options
+@common
+def revert(
+    vm: str,
+    name: str,
+    keep_as: str,
+    discard: bool,
+    keep_memory: bool,
+    cold: bool,
+    start: bool,
+    paused: bool,
+    stopped: bool,
+    yes: bool,
+    wait: float | None,
+    dry_run: bool,
+) -> None:
+    """Go back to a snapshot, with its memory if it has one. The present is kept as before-revert-N."""
+    if start + paused + stopped > 1:
+        raise UsageError("--start, --paused and --stopped contradict each other", hint="give one of them")
+    if discard and (keep_as or keep_memory):
+        raise UsageError("--discard contradicts --keep-as and --keep-memory", hint="give one of them")
+    power = "start" * start + "paused" * paused + "stopped" * stopped
+    request = Request(name, keep_as, discard, keep_memory, cold, power)
+    app = context.current()
+    context.run_async(_revert(app, context.open_host(app, wait), vm, request, yes, dry_run))
+
+
+@click.command(epilog="Example: diskchain undo web1")
+@vm_argument
+@yes_option
+@changing_options
+@common
+def undo(vm: str, yes: bool, wait: float | None, dry_run: bool) -> None:
+    """Go back to where the last revert left from."""
+    app = context.current()
+    context.run_async(_revert(app, context.open_host(app, wait), vm, None, yes, dry_run))
+
+
+async def _revert(app: App, host: Host, name: str, request: Request | None, yes: bool, dry_run: bool) -> None:
+    """Revert as requested; without a request undo the last revert."""
+    await context.settle_before_plan(app, host, name, "revert", dry_run=dry_run)
+    async with host.look(name) as vm:
+        request = request or Request(ops.undo_target(vm))
+        prepared = await ops.prepare(vm, request)
+    if dry_run:
+        context.show_plan(app, prepared.plan)
+        return
+    context.confirm(app, prepared.plan, "Revert?", yes=yes)
+    async with context.changing(app, host, name, "revert") as vm:
+        if vm.catalog.find(request.name).id != prepared.snapshot.id:
+            raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")
+        _tell(app, vm, await ops.revert(vm, request, context.progress(app)))
+
+
+def _tell(app: App, vm: VM, done: Reverted) -> None:
+    body = {**asdict(done), "vm": vm.name, "snapshot": done.snapshot.name}
+    lines = [f"{vm.name} is back at {done.snapshot.name!r}, {done.state}"]
+    if done.kept_as:
+        lines.append(f"the present of before is kept as {done.kept_as!r}; back to it: diskchain undo {vm.name}")
+    lines += [f"configuration: {text}" for text in done.config_changes]
+    context.answer(app, body, lines)

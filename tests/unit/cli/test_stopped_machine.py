@@ -1,0 +1,223 @@
+"""The whole way on a real machine that is off: real images, patterns written and read back by qemu-io."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import Web1
+
+
+def test_define_again_and_list(web1: Web1) -> None:
+    again = web1.run("machine", "define", str(web1.directory / "web1.toml"), "--json").json
+    assert again["machine"]["again"]
+    (found,) = web1.run("machine", "list", "--json").json["machines"]
+    assert set(found) >= {"name", "uuid", "state", "memory", "cpus", "disks", "macs", "home", "console", "snapshots"}
+    assert found["disks"][0] == {"target": "vda", "active": str(web1.directory / "web1.qcow2"),
+                                 "base": str(web1.directory / "web1.qcow2"), "format": "qcow2", "role": "os"}  # fmt: skip
+    assert "web1  stopped" in web1.run("machine", "list").out
+
+
+def test_create_answers_as_the_contract_says(web1: Web1) -> None:
+    answer = web1.run("create", "web1", "one", "-d", "why", "--json").json
+    snapshot = answer["snapshot"]
+    assert (answer["schema"], answer["vm"], answer["pause_ms"]) == (1, "web1", None)
+    assert set(snapshot) >= {"id", "name", "created", "parent", "description", "state", "consistency", "partial",
+                             "disks", "memory"}  # fmt: skip
+    assert (snapshot["state"], snapshot["consistency"], snapshot["memory"]["status"]) == ("disk", "off", "none")
+    assert snapshot["disks"][0] == {"target": "vda", "frozen": str(web1.directory / "web1.qcow2"),
+                                    "active": web1.active()}  # fmt: skip
+
+
+def test_create_with_a_name_that_is_taken_exits_2(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    assert web1.run("create", "web1", "one", "--json", code=2).json["error"]["kind"] == "BadName"
+
+
+def test_revert_brings_both_disks_back_and_undo_the_present(web1: Web1) -> None:
+    for target in ("vda", "vdb"):
+        web1.write(1, "0", target)
+    web1.run("create", "web1", "one")
+    for target in ("vda", "vdb"):
+        web1.write(2, "0", target)
+    answer = web1.run("revert", "web1", "one", "-y", "--json").json
+    assert (answer["snapshot"], answer["kept_as"], answer["state"]) == ("one", "before-revert-1", "stopped")
+    assert {"config_changes", "seconds", "schema", "vm"} <= set(answer)
+    assert web1.reads(1, "0") and web1.reads(1, "0", "vdb")
+    web1.run("undo", "web1", "-y")
+    assert web1.reads(2, "0") and web1.reads(2, "0", "vdb")
+
+
+def test_revert_discard_keeps_nothing(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    web1.write(2, "0")
+    assert web1.run("rollback", "web1", "one", "--discard", "-y", "--json").json["kept_as"] is None
+    assert web1.names() == ["one"]
+    assert web1.reads(0, "0")
+    web1.run("undo", "web1", "-y", code=4)
+
+
+@pytest.mark.parametrize("words", [["--discard", "--keep-as", "x"], ["--start", "--stopped"]])
+def test_revert_with_contradicting_options_exits_2(web1: Web1, words: list[str]) -> None:
+    web1.run("create", "web1", "one")
+    web1.run("revert", "web1", "one", "-y", *words, code=2)
+
+
+def test_delete_merges_and_every_state_reads_the_same(web1: Web1) -> None:
+    for byte, name in enumerate(("one", "two", "three"), 1):
+        web1.write(byte, f"{byte}M")
+        web1.run("create", "web1", name)
+    web1.write(4, "4M")
+    answer = web1.run("delete", "web1", "two", "one", "-y", "--json").json
+    assert (answer["deferred"], {m["method"] for m in answer["merged"]}) == (False, {"commit"})
+    assert set(answer["merged"][0]) == {"disk", "top", "into", "bytes", "seconds", "method"}
+    assert web1.names() == ["three"]
+    assert all(web1.reads(byte, f"{byte}M") for byte in (1, 2, 3, 4))
+    web1.run("revert", "web1", "three", "-y")
+    assert all(web1.reads(byte, f"{byte}M") for byte in (1, 2, 3)) and web1.reads(0, "4M")
+
+
+def test_delete_of_a_leaf_frees_what_list_said(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    web1.write(2, "0")
+    web1.run("revert", "web1", "one", "--keep-as", "leaf", "-y")
+    leaf = web1.run("list", "web1", "--json").json["snapshots"][1]
+    before = used(web1)
+    web1.run("rm", "web1", "leaf", "-y")
+    assert leaf["frees"] == before - used(web1) > 0
+
+
+def used(web1: Web1) -> int:
+    return sum(path.stat().st_blocks * 512 for path in web1.directory.glob("*.qcow2"))
+
+
+def test_delete_with_a_fork_exits_6(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    web1.run("revert", "web1", "one", "-y")
+    assert web1.run("delete", "web1", "one", "-y", "--json", code=6).json["error"]["kind"] == "HasChildren"
+
+
+def test_list_and_tree_as_json(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    web1.run("revert", "web1", "one", "-y")
+    web1.run("create", "web1", "two")
+    listing = web1.run("list", "web1", "--json").json
+    assert (listing["current"], listing["pending"]) == ("two", [])
+    assert listing["now"]["keeps"] > 0
+    assert set(listing["snapshots"][0]) >= {"keeps", "frees", "age_seconds", "warnings", "current", "pause_ms"}
+    tree = web1.run("tree", "--json", "web1").json
+    (one,) = tree["snapshots"]
+    assert [child["name"] for child in one["children"]] == ["before-revert-1", "two"]
+    everything = web1.run("list", "--json").json
+    assert [vm["vm"] for vm in everything["vms"]] == ["web1"]
+    assert web1.run("list").out.startswith("web1 (stopped)\nNAME")
+    assert web1.run("list", "web1", "-H", "-o", "name").out == "one\nbefore-revert-1\ntwo\n"
+
+
+def test_show_tells_layers_and_configuration(web1: Web1) -> None:
+    web1.run("create", "web1", "one", "-d", "why\x1b[31m")
+    shown = web1.run("show", "web1", "one", "--json").json["snapshot"]
+    assert [layer["target"] for layer in shown["layers"]] == ["vda", "vdb"]
+    assert shown["configuration"]["memory"] == 64 << 20
+    text = web1.run("show", "web1", "one").out
+    assert "\x1b" not in text
+    assert "why\\x1b[31m" in text
+    web1.run("show", "web1", "nope", code=4)
+
+
+def test_rename_describe_protect(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    web1.run("rename", "web1", "one", "two", "-n")
+    assert web1.names() == ["one"]
+    web1.run("rename", "web1", "one", "two")
+    assert web1.run("describe", "web1", "two", "why", "--json").json["snapshot"]["description"] == "why"
+    web1.run("protect", "web1", "two")
+    assert web1.run("delete", "web1", "two", "-y", "--json", code=6).json["error"]["kind"] == "Protected"
+    web1.run("unprotect", "web1", "two")
+    web1.run("delete", "web1", "two", "-y")
+
+
+def test_power_of_a_machine_that_is_off(web1: Web1) -> None:
+    assert web1.run("stop", "web1", "--json").json == {
+        "schema": 1, "vm": "web1", "state": "stopped", "changed": False, "merged": []
+    }  # fmt: skip
+    assert web1.run("stop", "web1", "--force").out == "web1 is stopped already\n"
+    web1.run("pause", "web1", code=6)
+    web1.run("resume", "web1", code=6)
+    web1.run("start", "web1", "-n")
+
+
+def test_undefine_keeps_everything(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    web1.run("machine", "undefine", "web1", "-y")
+    web1.run("list", "web1", code=4)
+    web1.run("machine", "define", str(web1.directory / "web1.toml"))
+    assert web1.names() == ["one"]
+
+
+# -- interrupted -------------------------------------------------------------------------------------------------------
+
+
+def killed(*words: str, at: str) -> None:
+    """Run a command line in a process of its own that is killed at a fault point."""
+    env = {**os.environ, "DISKCHAIN_FAULT": f"kill:{at}"}
+    done = subprocess.run([sys.executable, "-m", "diskchain", *words], env=env, capture_output=True, check=False)
+    assert done.returncode == -9, done
+
+
+def test_recover_finishes_a_killed_delete(web1: Web1) -> None:
+    web1.write(1, "1M")
+    web1.run("create", "web1", "one")
+    web1.write(2, "2M")
+    killed("delete", "web1", "one", "-y", at="delete.committed-one")
+    (result,) = web1.run("recover", "--json").json["results"]
+    assert (result["op"], result["snapshot"], result["outcome"]) == ("delete", "one", "finished")
+    assert web1.names() == []
+    assert web1.reads(1, "1M") and web1.reads(2, "2M")
+    assert web1.run("recover", "web1").out == "web1: nothing was interrupted\n"
+    assert web1.run("recover").out == "nothing was interrupted\n"
+
+
+def test_next_change_recovers_first_and_says_so(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    killed("create", "web1", "two", at="create.intent.after")
+    answer = web1.run("create", "web1", "three")
+    assert "note: an interrupted create of 'two' was undone first" in answer.err
+    assert web1.names() == ["one", "three"]
+
+
+def test_dry_run_of_an_interrupted_vm_recovers_nothing(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    killed("revert", "web1", "one", "-y", at="revert.switched.after")
+    before = sorted(web1.directory.rglob("journal/*.json"))
+    assert before
+    web1.run("revert", "web1", "one", "-n", code=None)
+    web1.run("recover", "-n")
+    web1.run("recover", "web1", "-n")
+    assert sorted(web1.directory.rglob("journal/*.json")) == before
+    assert "finished" in web1.run("recover", "web1").out
+
+
+def test_recover_undo_takes_a_killed_revert_back(web1: Web1) -> None:
+    web1.write(1, "0")
+    web1.run("create", "web1", "one")
+    web1.write(2, "0")
+    killed("revert", "web1", "one", "-y", at="revert.switched.after")
+    web1.run("recover", "web1", "--undo", "--finish", "-y", code=2)
+    web1.run("recover", "web1", "--undo", "-y")
+    assert web1.reads(2, "0")
+
+
+def test_busy_names_the_holder(web1: Web1) -> None:
+    env = {**os.environ, "DISKCHAIN_FAULT": "stop:create.intent.after"}
+    holder = subprocess.Popen([sys.executable, "-m", "diskchain", "create", "web1", "one"], env=env)
+    try:
+        os.waitid(os.P_PID, holder.pid, os.WSTOPPED | os.WNOWAIT)
+        error = web1.run("create", "web1", "two", "--wait", "0s", "--json", code=5).json["error"]
+        assert "create web1" in error["message"]
+    finally:
+        holder.kill()
+        holder.wait()
