@@ -8,7 +8,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,5 +144,34 @@ def confirm(app: App, plan: Plan, question: str, *, yes: bool) -> None:
                          hint="add --yes if you are sure (--dry-run shows what would be done)")  # fmt: skip
     for line in render.plan_lines(plan):
         click.echo(printable(line), err=True)
-    if not click.confirm(question, default=False, err=True):
+    if not _says_yes(question):
         raise DiskchainError("nothing was changed")
+
+
+def _says_yes(question: str) -> bool:
+    """Ask on the terminal; anything but y or yes, the end of the input too, is no."""
+    click.echo(f"{question} [y/N] ", err=True, nl=False)
+    with _signals_end_us():
+        line = sys.stdin.readline()
+    if not line.endswith("\n"):
+        click.echo(err=True)
+    return line.strip().lower() in ("y", "yes")
+
+
+@contextlib.contextmanager
+def _signals_end_us() -> Iterator[None]:
+    """While we wait for an answer the event loop stands still: let Ctrl-C and the others work without it."""
+    usual: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {s: signal.getsignal(s) for s in usual}
+    for number, handler in usual.items():
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

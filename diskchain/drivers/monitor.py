@@ -16,7 +16,8 @@ from qemu.qmp.protocol import StateError
 from diskchain.errors import DriverFailed, Unreachable
 
 log = logging.getLogger(__name__)
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its tracebacks say nothing to an admin; ours name the cause
+for _noisy in ("qemu.qmp", "asyncio"):  # their tracebacks of a broken connection say nothing to an admin; ours name the cause
+    logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
 
 class Monitor:

@@ -33,7 +33,6 @@ from diskchain.host.process import (
 )
 
 SOCKETS = ("qmp", "info", "watch")  # a QMP socket serves one client at a time: changes, looks, the watchdog
-PAUSE_LIMIT = 10.0  # seconds
 
 _STATES = {
     "running": VMState.RUNNING,

@@ -34,7 +34,7 @@ from diskchain.store import journal
 from diskchain.store.journal import Entry
 
 METADATA = 4 * MiB  # an empty overlay and its first tables
-PAUSE_LIMIT = 10.0  # seconds until the watchdog lets the VM go on
+PAUSE_LIMIT = 9.0  # seconds until the watchdog lets the VM go on: the guest runs again within 10
 
 
 @dataclass(frozen=True)

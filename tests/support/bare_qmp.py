@@ -173,8 +173,9 @@ class BareGuest:
         return self._timed(lambda: self._restore(memory))
 
     def _restore(self, memory: Path) -> None:
+        overlays = self.make_overlays()
         self.quit()
-        self.stack(self.make_overlays())
+        self.stack(overlays)
         self.start(incoming=True)
         fd = os.open(memory, os.O_RDONLY)
         try:

@@ -163,7 +163,7 @@ class Rig:
         """The machine's QEMU, found by its own pid file."""
         for path in self.run_dir.glob("*/pid"):
             pid = int(path.read_text())
-            if Path(f"/proc/{pid}").exists():
+            if process_state(pid) not in ("", "Z", "X"):
                 return pid
         return None
 
@@ -223,7 +223,8 @@ class Rig:
         wrong += [f"missing {p.name}" for p in sorted(images - there)]
         wrong += [f"leftover {p.name}" for p in self.dir.glob(".*.trash")]
         wrong += [f"open journal {p.name}" for p in self.journal()]
-        for path in sorted(images & there):
+        in_use = set(self.active().values()) if self.pid() else set()
+        for path in sorted(images & there - in_use):
             if path.suffix == ".qcow2":
                 done = subprocess.run(["qemu-img", "check", "-U", "-q", str(path)], capture_output=True, text=True)
                 wrong += [] if done.returncode in (0, 3) else [f"check {path.name}: {done.stdout} {done.stderr}"]
@@ -248,14 +249,21 @@ class Rig:
         pid = self.pid()
         if pid:
             os.kill(pid, signal.SIGKILL)
-            while Path(f"/proc/{pid}/fd").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
-                time.sleep(0.01)
+            wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.rmtree(self.dir, ignore_errors=True)
 
 
 def _copy_sparse(source: str, target: str) -> None:
     subprocess.run(["cp", "--preserve=all", "--sparse=always", source, target], check=True)
+
+
+def process_state(pid: int) -> str:
+    """A process's state letter, or nothing when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def wait_for(condition: Any, what: str, timeout: float = 60) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.console import Console
-from tests.support.rig import Rig, wait_for
+from tests.support.rig import Rig, process_state, wait_for
 
 COUNT = r"^C (\d+) bad="
 
@@ -124,7 +124,7 @@ def test_revert_killed_at_every_step_ends_in_one_of_two_whole_states(
     with capsys.disabled():
         print(f" [{len(points)} points]", end="")
     assert not wrong, "\n".join(wrong)
-    assert len(points) >= 18
+    assert len(points) >= 17
 
 
 QEMU_KILLED_AT = ["create.prepared.after#1", "create.paused#1", "create.disks-switched#1", "create.captured#1",
@@ -163,10 +163,7 @@ def test_qemu_killed_in_the_middle_nothing_is_lost(live: Live, point: str) -> No
 
 
 def _stopped(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:
-        return False
+    return process_state(pid) in ("T", "t")
 
 
 @pytest.mark.timeout(300)
@@ -189,7 +186,7 @@ def test_diskchain_gone_while_the_guest_is_paused_the_guest_runs_within_ten_seco
     if action == "stop":
         os.kill(process.pid, signal.SIGCONT)
     process.communicate(timeout=120)
-    assert gap < 10.5
+    assert gap < 10
     live.rig.ok("recover", "vm")
     live.counts(5)
     assert live.console.bad(after=mark) == [] and live.rig.file_verdict() == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import subprocess
 import sys
 
@@ -156,6 +158,36 @@ def test_undefine_keeps_everything(web1: Web1) -> None:
     web1.run("list", "web1", code=4)
     web1.run("machine", "define", str(web1.directory / "web1.toml"))
     assert web1.names() == ["one"]
+
+
+# -- asked on a terminal -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "left"),
+    [(b"n\n", 1, ["one"]), (b"\n", 1, ["one"]), (b"\x04", 1, ["one"]), (b"\x03", 130, ["one"]), (b"y\n", 0, [])],
+)
+def test_delete_on_a_terminal_asks_first(web1: Web1, typed: bytes, code: int, left: list[str]) -> None:
+    web1.run("create", "web1", "one")
+    said, got = on_terminal([sys.executable, "-m", "diskchain", "delete", "web1", "one"], b"[y/N] ", typed)
+    assert (got, web1.names()) == (code, left), said
+    assert ("nothing was changed" in said) == (code == 1)
+
+
+def on_terminal(argv: list[str], question: bytes, typed: bytes) -> tuple[str, int]:
+    """Run a program on a terminal of its own, answer its question; return what it said and its exit code."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execv(argv[0], argv)
+    said = b""
+    with contextlib.suppress(OSError):  # EIO is the end of a terminal
+        while piece := os.read(fd, 4096):
+            said += piece
+            if question in said and typed:
+                os.write(fd, typed)
+                typed = b""
+    os.close(fd)
+    return said.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # -- interrupted -------------------------------------------------------------------------------------------------------
