@@ -41,18 +41,19 @@ class Config:
     image_roots: tuple[Path, ...] = (Path("/var/lib/libvirt/images"), Path("/srv"))
 
 
-def _default_dirs(env: Mapping[str, str]) -> dict[str, Path]:
+def _usual_dirs(env: Mapping[str, str]) -> dict[str, Any]:
     if os.geteuid() == 0:
-        dirs = {"state_dir": Path("/var/lib/diskchain"), "run_dir": Path("/run/diskchain")}
-    else:
-        home = Path(env.get("HOME", "/nonexistent"))
-        run = env.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
-        dirs = {"state_dir": Path(env.get("XDG_STATE_HOME") or home / ".local/state") / "diskchain",
-                "run_dir": Path(run) / "diskchain"}  # fmt: skip
-    for key, name in (("state_dir", "DISKCHAIN_STATE_DIR"), ("run_dir", "DISKCHAIN_RUN_DIR")):
-        if env.get(name):
-            dirs[key] = Path(env[name])
-    return dirs
+        return {}
+    home = Path(env.get("HOME", "/nonexistent"))
+    run = env.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return {"state_dir": Path(env.get("XDG_STATE_HOME") or home / ".local/state") / "diskchain",
+            "run_dir": Path(run) / "diskchain"}  # fmt: skip
+
+
+def _told_dirs(env: Mapping[str, str]) -> dict[str, Any]:
+    """What the environment says wins over files."""
+    names = {"state_dir": "DISKCHAIN_STATE_DIR", "run_dir": "DISKCHAIN_RUN_DIR"}
+    return {key: Path(env[name]) for key, name in names.items() if env.get(name)}
 
 
 def config_files(env: Mapping[str, str]) -> list[Path]:
@@ -66,17 +67,18 @@ def config_files(env: Mapping[str, str]) -> list[Path]:
 
 def load_config(path: Path | None = None, env: Mapping[str, str] = os.environ) -> Config:
     """Return the settings from `path`, or from the usual files. Raise UsageError naming file and key of a mistake."""
-    config = replace(Config(), **_default_dirs(env))  # type: ignore[arg-type]
+    config = replace(Config(), **_usual_dirs(env))
     for file in [path] if path else config_files(env):
         config = _merged(config, _read(file), file)
-    return config
+    return replace(config, **_told_dirs(env))
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{file}: {error}", hint="correct the file or name another with --config") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{file}: {why}", hint="correct the file or name another with --config") from None
 
 
 def _merged(config: Config, data: Mapping[str, Any], file: Path) -> Config:

@@ -111,7 +111,7 @@ class Catalog:
         while walk is not None:
             if walk not in self.images or len(found) > len(self.images):
                 raise ChainDamaged(f"the catalog of {self.name} names an image {walk} that it does not know",
-                                   hint=f"diskchain check {self.name}")  # fmt: skip
+                                   hint="keep every file; see RECOVER.txt")  # fmt: skip
             found.append(self.images[walk])
             walk = found[-1].backing
         return found

@@ -72,7 +72,10 @@ def plan_delete(catalog: Catalog, snapshot: Snapshot) -> Deletion:
             top = overlays[0]
             folds.append(Fold(target, top, image, tuple(catalog.overlays_on(top.id))))
         elif image_id in catalog.active.values():
-            raise Refused(f"{image.path} is an active layer; this catalog contradicts itself", hint="diskchain check")
+            raise Refused(
+                f"{image.path} is an active layer; this catalog contradicts itself",
+                hint="keep every file; see RECOVER.txt",
+            )
         elif image.ours:
             unlinks.append(image)
         else:

@@ -92,6 +92,7 @@ class LazyGroup(click.Group):
         """Import a command."""
         entry = _TABLE.get(_ALIASES.get(cmd_name, cmd_name))
         if entry is None:
+            _suggest(ctx, cmd_name)
             return None
         command = getattr(importlib.import_module(f"diskchain.cli.{entry.module}"), entry.attribute)
         assert isinstance(command, click.Command)
@@ -109,6 +110,12 @@ class LazyGroup(click.Group):
         """Offer commands (from the table) and options."""
         found = [CompletionItem(e.name, help=e.help) for e in COMMANDS if e.name.startswith(incomplete)]
         return found + click.Command.shell_complete(self, ctx, incomplete)
+
+
+def _suggest(ctx: click.Context, name: str) -> None:
+    close = importlib.import_module("difflib").get_close_matches(name, _TABLE, n=1)
+    if close:
+        ctx.fail(f"there is no command {name!r}; did you mean {close[0]!r}?")
 
 
 def _told(ctx: click.Context, name: str, value: Any) -> None:
@@ -161,7 +168,13 @@ def _version() -> str:
 )
 @click.option("-c", "--connect", metavar="URI", expose_value=False, callback=_note, help="libvirt connection.")
 @click.option(
-    "--config", "config_file", metavar="FILE", expose_value=False, callback=_note, help="Read only this configuration."
+    "--config",
+    "config_file",
+    metavar="FILE",
+    envvar="DISKCHAIN_CONFIG",
+    expose_value=False,
+    callback=_note,
+    help="Read only this configuration.",
 )
 @click.option(
     "--color", type=click.Choice(["auto", "always", "never"]), expose_value=False, callback=_note, help="Colours."

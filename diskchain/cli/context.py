@@ -47,7 +47,18 @@ async def changing(app: App, host: Host, name: str, operation: str) -> AsyncIter
     """Hold the VM's lock; first resolve what was interrupted."""
     async with host.change(name, operation) as vm:
         await settle(app, host, vm)
-        yield vm
+        try:
+            yield vm
+        except asyncio.CancelledError:
+            if app.interrupted == "interrupted":
+                app.interrupted = _how_it_stands(vm)
+            raise
+
+
+def _how_it_stands(vm: VM) -> str:
+    if look.is_unfinished(vm):
+        return f"interrupted; nothing is lost, diskchain recover {vm.name} goes on"
+    return "interrupted; nothing is left half-done"
 
 
 async def settle(app: App, host: Host, vm: VM) -> None:
@@ -150,8 +161,8 @@ def confirm(app: App, plan: Plan, question: str, *, yes: bool) -> None:
 
 def _says_yes(question: str) -> bool:
     """Ask on the terminal; anything but y or yes, the end of the input too, is no."""
-    click.echo(f"{question} [y/N] ", err=True, nl=False)
     with _signals_end_us():
+        click.echo(f"{question} [y/N] ", err=True, nl=False)
         line = sys.stdin.readline()
     if not line.endswith("\n"):
         click.echo(err=True)
@@ -171,6 +182,9 @@ def _signals_end_us() -> Iterator[None]:
         if before[number] is not signal.SIG_IGN:
             signal.signal(number, handler)
     try:
+        task = asyncio.current_task()
+        if task and task.cancelling():  # Ctrl-C came a moment ago; nobody would look before the answer
+            raise KeyboardInterrupt
         yield
     finally:
         for number, old in before.items():

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from diskchain.chain.model import Snapshot, snapshot_name
-from diskchain.cli import context, render
+from diskchain.chain.text import size
+from diskchain.cli import context
 from diskchain.cli.app import App, common, error_json
 from diskchain.cli.options import Duration, changing_options, vm_argument
 from diskchain.errors import Degraded, UsageError
@@ -18,7 +19,7 @@ from diskchain.ops import look
 from diskchain.ops.create import Request
 from diskchain.ops.vm import VM, Host, refuse_unfinished
 
-BY_CONFIG = {"auto": "auto", "always": "background", "never": "never"}
+BY_CONFIG = {"auto": "auto", "always": "always", "never": "never"}
 
 
 class CreateCommand(click.Command):
@@ -36,7 +37,7 @@ class CreateCommand(click.Command):
     epilog="Example: diskchain create web1 before-upgrade -d 'before PostgreSQL 17'",
 )
 @vm_argument
-@click.argument("name", default="", required=False)
+@click.argument("name", required=False)
 @click.option("-d", "--description", default="", metavar="TEXT", help="What it is for.")
 @click.option(
     "--memory",
@@ -50,7 +51,7 @@ class CreateCommand(click.Command):
 @common
 def create(
     vm: str,
-    name: str,
+    name: str | None,
     description: str,
     memory: str | None,
     disk_only: bool,
@@ -68,7 +69,7 @@ def create(
         raise UsageError(f"create.memory is {settings.memory!r}", hint="auto, always or never")
     save = "never" if disk_only else memory or BY_CONFIG[settings.memory]
     pause = settings.max_pause if max_pause is None else max_pause
-    request = Request(snapshot_name(name) if name else "", description, save, pause)
+    request = Request("" if name is None else snapshot_name(name), description, save, pause)
     context.run_async(_plan(app, host, vm, request) if dry_run else _create(app, host, vm, request))
 
 
@@ -76,8 +77,6 @@ async def _plan(app: App, host: Host, name: str, request: Request) -> None:
     async with host.change(name, "create --dry-run") as vm:
         refuse_unfinished(vm)
         prepared = await ops.prepare(vm, request)
-        if prepared.save == "background":
-            await vm.driver.end_memory_save()  # the probe had switched it on
         context.show_plan(app, prepared.plan)
 
 
@@ -107,7 +106,7 @@ def _tell(app: App, vm: VM, snapshot: Snapshot) -> None:
 
 
 def _line(vm: VM, snapshot: Snapshot) -> str:
-    parts = [f"memory {render.size(snapshot.memory.bytes)}"] if snapshot.memory.saved else []
+    parts = [f"memory {size(snapshot.memory.bytes)}"] if snapshot.memory.saved else []
     parts.append(f"{len(snapshot.disks)} disk{'' if len(snapshot.disks) == 1 else 's'}")
     if snapshot.pause_ms is not None:
         parts.append(f"the guest was paused {snapshot.pause_ms:.0f} ms")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from diskchain.chain.text import size
 from diskchain.cli import context, render
 from diskchain.cli.app import App, common, error_lines
 from diskchain.cli.options import maybe_vm_argument, snapshot_argument, vm_argument
@@ -126,18 +127,18 @@ def _memory(shown: Shown) -> list[tuple[str, str]]:
         return [("  reason", memory.reason)]
     if not shown.memory_file:
         return []
-    return [("  file", shown.memory_file), ("  size", render.size(memory.bytes)), ("  sha256", memory.sha256)]
+    return [("  file", shown.memory_file), ("  size", size(memory.bytes)), ("  sha256", memory.sha256)]
 
 
 def _layer_line(layer: dict[str, Any]) -> str:
-    return f"  {layer['target']}  {layer['format']:<5}  {render.size(layer['bytes']):>5}  {layer['path']}"
+    return f"  {layer['target']}  {layer['format']:<5}  {size(layer['bytes']):>5}  {layer['path']}"
 
 
 def _configuration(machine: dict[str, Any]) -> list[str]:
     if not machine:
         return ["  can't be read"]
     shown = {key: value for key, value in machine.items() if isinstance(value, (str, int)) and value != ""}
-    shown["memory"] = render.size(int(machine.get("memory", 0)))
+    shown["memory"] = size(int(machine.get("memory", 0)))
     nets = ", ".join(str(net.get("mac", "")) for net in machine.get("nets", []))
     words: dict[object, str] = {True: "yes", False: "no"}
     return [f"  {key}: {words[v] if isinstance(v, bool) else v}" for key, v in {**shown, "macs": nets or "-"}.items()]

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from diskchain.chain.plan import Plan
+from diskchain.chain.text import size
 from diskchain.cli import context, render
 from diskchain.cli.app import App, common
 from diskchain.cli.options import VMName, changing_options, yes_option
@@ -45,7 +46,7 @@ async def _define(app: App, host: Host, file: Path, dry_run: bool) -> None:
             "macs": [net.mac for net in made.nets], "disks": [asdict(disk) for disk in made.disks]}  # fmt: skip
     word = "defined again" if defined.again else "defined"
     count = f"{len(made.disks)} disk{'' if len(made.disks) == 1 else 's'}"
-    line = f"{made.name} is {word}: {render.size(made.memory)} of memory, {count}; records in {defined.home}"
+    line = f"{made.name} is {word}: {size(made.memory)} of memory, {count}; records in {defined.home}"
     context.answer(app, {"vm": made.name, "machine": body}, [line])
 
 
@@ -89,7 +90,7 @@ def _row(one: dict[str, Any], *, exact: bool) -> render.Row:
     snapshots = one["snapshots"]
     return {
         "NAME": one["name"], "STATE": one["state"], "CPUS": str(one["cpus"]), "UUID": one["uuid"],
-        "MEMORY": str(one["memory"]) if exact else render.size(one["memory"]),
+        "MEMORY": str(one["memory"]) if exact else size(one["memory"]),
         "DISKS": ",".join(disk["target"] for disk in one["disks"]), "HOME": one["home"], "CONSOLE": one["console"],
         "SNAPS": "?" if snapshots is None else str(snapshots),
     }  # fmt: skip

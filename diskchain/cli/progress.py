@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from typing import TextIO
 
-from diskchain.chain.text import printable
-from diskchain.cli.render import duration, size
+from diskchain.chain.text import printable, size
+from diskchain.cli.render import duration
 
+PATIENCE = 1.0  # seconds before lines are written where nobody watches
 _EVERY = 0.2  # seconds between two drawings
 
 
 class LineProgress:
     """Implements ops.progress.Progress. `warnings` collects what is warned of, for JSON."""
 
-    def __init__(self, stream: TextIO, *, quiet: bool, warnings: list[str]) -> None:
+    def __init__(self, stream: TextIO, *, quiet: bool, warnings: list[str], patience: float = PATIENCE) -> None:
         self._stream, self._quiet, self._warnings = stream, quiet, warnings
         self._live = not quiet and stream.isatty()
+        self._patience = patience
         self._what = self._note = ""
         self._total = self._shown = self._done = 0
         self._began = self._drawn = 0.0
@@ -32,7 +34,7 @@ class LineProgress:
         self._done = done
         if self._live and time.monotonic() - self._drawn >= _EVERY:
             self._draw()
-        elif not self._live and not self._quiet:
+        elif not self._live and not self._quiet and time.monotonic() - self._began >= self._patience:
             self._tell()
 
     def end(self) -> None:

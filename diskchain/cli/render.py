@@ -6,25 +6,10 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from diskchain.chain.plan import Plan
-from diskchain.chain.text import printable
+from diskchain.chain.text import printable, size
 from diskchain.errors import UsageError
 from diskchain.ops.look import Listing, SnapshotView
 from diskchain.ops.merge import Merged
-
-_KIB = 1024
-
-
-def size(count: int | None) -> str:
-    """Given bytes, return them short, in binary units: `340M`, `1.2G`; `?` when they are not known."""
-    if count is None:
-        return "?"
-    value, unit = float(count), ""
-    for unit in ("", "K", "M", "G", "T", "P"):
-        if round(value) < _KIB or unit == "P":
-            break
-        value /= _KIB
-    short = f"{value:.1f}" if unit in ("M", "G", "T", "P") and value < 9.95 else f"{value:.0f}"
-    return short.removesuffix(".0") + unit
 
 
 def duration(seconds: float | None) -> str:
@@ -130,7 +115,15 @@ def list_lines(listing: Listing, asked: str | None) -> list[str]:
         text = f"(deleted; merges at the next stop: {size(pending.bytes)}, about {pending.seconds} s)"
         age = rjust(duration(pending.age_seconds), ages)
         lines.append(f"{ljust(printable(pending.snapshot.name), wide)}  {age}  {text}")
-    return [*lines, summary(listing)]
+    return [*lines, summary(listing), *unfinished_lines(listing)]
+
+
+def unfinished_lines(listing: Listing) -> list[str]:
+    """Return a line about an operation that was interrupted, if there is one."""
+    if listing.unfinished is None:
+        return []
+    op, name = listing.unfinished["op"], listing.unfinished["name"]
+    return [f"! an operation ({op} {name!r}) was interrupted: diskchain recover {listing.vm}"]
 
 
 def summary(listing: Listing) -> str:
@@ -158,7 +151,8 @@ def tree_lines(listing: Listing) -> list[str]:
     wide = max([width(label) for label, v in drawn if v] or [0])
     wide = max(wide, max(width(label) for label, v in drawn if v is None) - 3 - ages)
     head = f"{listing.vm} ({listing.state}, {count} disk{'' if count == 1 else 's'})"
-    return [head, *(_tree_line(label, v, listing, wide, ages, sizes) for label, v in drawn)]
+    lines = (_tree_line(label, v, listing, wide, ages, sizes) for label, v in drawn)
+    return [head, *lines, *unfinished_lines(listing)]
 
 
 def _draw(listing: Listing, parent: str | None, indent: str, drawn: list[tuple[str, SnapshotView | None]]) -> None:
@@ -204,4 +198,6 @@ def merged_line(merged: Merged) -> str:
     if merged.method == "unlink":
         return f"  {merged.disk}: {top} deleted"
     into = merged.into.rpartition("/")[2]
-    return f"  {merged.disk}: {size(merged.bytes)} of {top} folded into {into} in {merged.seconds:.1f} s"
+    return f"  {merged.disk}: {size(merged.bytes)} of {top} folded into {into}" + (
+        f" in {merged.seconds:.1f} s" if merged.seconds >= 0.05 else ""
+    )

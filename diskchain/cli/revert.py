@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import click
 
+from diskchain.chain.model import snapshot_name
 from diskchain.cli import context
 from diskchain.cli.app import App, common
 from diskchain.cli.options import changing_options, snapshot_argument, vm_argument, yes_option
@@ -18,7 +19,7 @@ from diskchain.ops.vm import VM, Host
 @click.command(epilog="Example: diskchain revert web1 before-upgrade --keep-as tried-pg17")
 @vm_argument
 @snapshot_argument
-@click.option("--keep-as", default="", metavar="NAME", help="Name of the kept present (default: before-revert-N).")
+@click.option("--keep-as", metavar="NAME", help="Name of the kept present (default: before-revert-N).")
 @click.option("--discard", is_flag=True, help="Don't keep the present: what was written since is gone.")
 @click.option("--keep-memory", is_flag=True, help="Keep the present with its memory.")
 @click.option("--cold", is_flag=True, help="Boot from the disks, leave the snapshot's memory alone.")
@@ -31,7 +32,7 @@ from diskchain.ops.vm import VM, Host
 def revert(
     vm: str,
     name: str,
-    keep_as: str,
+    keep_as: str | None,
     discard: bool,
     keep_memory: bool,
     cold: bool,
@@ -45,10 +46,11 @@ def revert(
     """Go back to a snapshot, with its memory if it has one. The present is kept as before-revert-N."""
     if start + paused + stopped > 1:
         raise UsageError("--start, --paused and --stopped contradict each other", hint="give one of them")
-    if discard and (keep_as or keep_memory):
+    keep = "" if keep_as is None else snapshot_name(keep_as)
+    if discard and (keep or keep_memory):
         raise UsageError("--discard contradicts --keep-as and --keep-memory", hint="give one of them")
     power = "start" * start + "paused" * paused + "stopped" * stopped
-    request = Request(name, keep_as, discard, keep_memory, cold, power)
+    request = Request(name, keep, discard, keep_memory, cold, power)
     app = context.current()
     context.run_async(_revert(app, context.open_host(app, wait), vm, request, yes, dry_run))
 

@@ -56,6 +56,7 @@ async def begin(monitor: Commander, *, background: bool) -> None:
             return
         if answer.get("status") in ("failed", "cancelled"):
             raise MemoryNotSaved(f"saving memory did not start: {_why(answer)}")
+        await asyncio.sleep(0.0003)  # asked without a breath, QEMU's main loop keeps its save thread waiting
 
 
 async def progress(monitor: Commander) -> SaveProgress:

@@ -16,7 +16,10 @@ from qemu.qmp.protocol import StateError
 from diskchain.errors import DriverFailed, Unreachable
 
 log = logging.getLogger(__name__)
-for _noisy in ("qemu.qmp", "asyncio"):  # their tracebacks of a broken connection say nothing to an admin; ours name the cause
+for _noisy in (
+    "qemu.qmp",
+    "asyncio",
+):  # their tracebacks of a broken connection say nothing to an admin; ours name the cause
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
 
@@ -41,7 +44,7 @@ class Monitor:
                 if time.monotonic() > end:
                     raise Unreachable(f"no answer from QEMU on {path}", hint="diskchain machine list") from error
                 client = QMPClient("diskchain")
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.004)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command (`_` in argument names stands for `-`) and return its answer.

@@ -232,12 +232,12 @@ class QemuDriver:
         return said or "QEMU said nothing"
 
     async def power_off(self, timeout: float) -> bool:
-        """Press the ACPI power button (again every 30 seconds: a guest that still boots misses the first)."""
+        """Press the ACPI power button (again every 10 seconds: a guest that still boots misses the first)."""
         process, end = self.process(), time.monotonic() + timeout
         while process and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(DriverFailed, Unreachable):
                 await self._execute("system_powerdown")
-            if await process.gone(min(30.0, left)):
+            if await process.gone(min(10.0, left)):
                 break
         if process is None or not process.alive():
             await self.close()
@@ -284,8 +284,10 @@ class QemuDriver:
     # -- snapshot --------------------------------------------------------------------------------------------------
 
     async def check_background_save(self) -> None:
-        """Set the capability and see whether QEMU takes it."""
-        await migration.set_background(await self._connected(), True)
+        """Set the capability, see whether QEMU takes it, and take it back."""
+        monitor = await self._connected()
+        await migration.set_background(monitor, True)
+        await migration.set_background(monitor, False)
 
     @contextlib.asynccontextmanager
     async def _guard(self, limit: float | None) -> AsyncIterator[PauseGuard]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from diskchain.errors import Busy, DiskchainError, Refused
+from diskchain.errors import Busy, DiskchainError
 from diskchain.host.files import os_errors
 from diskchain.host.process import process_id
 
@@ -20,6 +20,7 @@ from diskchain.host.process import process_id
 # Whoever holds both 101 and 201 looks to QEMU like a writer that tolerates no other: no VM starts on the image or
 # on an overlay of it, no reader without -U gets in. Measured on QEMU 7.2 (facts.md).
 _WRITES, _SHARES_NO_WRITES = 101, 201
+_NOTE = 512  # bytes of a lock file: the note of its holder, padded
 
 
 @contextlib.contextmanager
@@ -28,21 +29,27 @@ def vm_lock(path: Path, operation: str, *, wait: float) -> Iterator[None]:
     fd = _open_lock(path)
     try:
         _flock_within(fd, path, wait)
-        me = process_id(os.getpid())
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"pid": os.getpid(), "start": me.start if me else 0, "operation": operation,
-                                  "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}).encode(), 0)  # fmt: skip
+        _note_holder(fd, operation)
         yield
     finally:
         os.close(fd)
 
 
+def _note_holder(fd: int, operation: str) -> None:
+    """Write down who holds the lock, over the last note: a file that is cut first can't be written at 0 bytes free.
+
+    For messages only, so a full disk does not keep anybody from the lock.
+    """
+    me = process_id(os.getpid())
+    note = {"pid": os.getpid(), "start": me.start if me else 0, "operation": operation,
+            "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
+    with contextlib.suppress(OSError):
+        os.pwrite(fd, json.dumps(note).ljust(_NOTE).encode(), 0)
+
+
 def _open_lock(path: Path) -> int:
-    try:
+    with os_errors(path, "lock"):
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise Refused(f"can't lock {path}: {error.strerror}",
-                      hint="run diskchain as the user who owns the VM's files") from error  # fmt: skip
 
 
 def _flock_within(fd: int, path: Path, wait: float) -> None:

@@ -13,10 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diskchain.errors import NotFound, ToolFailed
 
@@ -198,12 +198,21 @@ class ProcessId:
 
     async def gone(self, timeout: float) -> bool:
         """Wait until it has ended, at most `timeout` seconds; return whether it has."""
-        end = time.monotonic() + timeout
-        while self.alive():
-            if time.monotonic() > end:
-                return False
-            await asyncio.sleep(0.02)
-        return True
+        try:
+            fd = os.pidfd_open(self.pid)
+        except OSError:
+            return not self.alive()
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            if not self.alive():  # the number was somebody else's by the time we opened it
+                return True
+            loop.add_reader(fd, ended.set)  # readable when the process has ended, pidfd_open(2)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), timeout)
+            return ended.is_set()
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
 
 
 def process_id(pid: int) -> ProcessId | None:
@@ -235,12 +244,23 @@ def find_process(*words: str) -> ProcessId | None:
     return None
 
 
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until the block is over: it is short and must not be cut in two."""
-    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Carry a short piece of work to its end, also when we are cancelled meanwhile (Ctrl-C, SIGTERM).
+
+    The cancellation is not lost: it arrives at the next await after this one. (Blocking the signals would not do:
+    the kernel hands them to any thread that does not block them, and Python runs the handler all the same.)
+    """
+    task, me = asyncio.ensure_future(work), asyncio.current_task()
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+            if me:
+                me.uncancel()  # counted once more below; asyncio.Runner tells Ctrl-C by the count
+        except Exception:  # noqa: S110 - it is raised below, from the task itself
+            pass
+    if cancelled and me:
+        me.cancel()
+    task.result()

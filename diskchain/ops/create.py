@@ -22,11 +22,12 @@ from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Memory, MiB, Snapshot, snapshot_name
 from diskchain.chain.plan import Plan
+from diskchain.chain.text import size
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import BadName, ChainDamaged, DiskchainError, MemoryNotSaved, NoSpace, Refused
 from diskchain.host import files
 from diskchain.host.fault import point
-from diskchain.host.process import signals_held
+from diskchain.host.process import uninterrupted
 from diskchain.ops import layers, save_memory
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM, new_id, now_utc
@@ -39,7 +40,7 @@ PAUSE_LIMIT = 9.0  # seconds until the watchdog lets the VM go on: the guest run
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. `memory`: auto, background, paused or never."""
+    """What was asked for. `memory`: auto, always, background, paused or never."""
 
     name: str = ""
     description: str = ""
@@ -91,7 +92,9 @@ async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapsh
     """
     prepared = await prepare(vm, request)
     if prepared.save == "paused":
-        progress.warn(f"{vm.name} stands still until its memory is saved")
+        runs = prepared.state is VMState.RUNNING
+        progress.warn(f"{vm.name} stands still until its memory is saved" if runs
+                      else f"{vm.name} will run for about a millisecond when its memory is saved, then pause again")  # fmt: skip
     entry = journal.begin(vm.home, "create", prepared.snapshot.id, now_utc(), _journal_data(vm, prepared))
     try:
         memory_fd = await _make_files(vm, prepared)
@@ -117,6 +120,8 @@ async def _after_failure(vm: VM, entry: Entry, progress: Progress) -> Snapshot |
         outcome, _ = await resolve_prepared(vm, entry, progress)
         if outcome == "finished":
             return vm.catalog.snapshots[entry.data["snapshot"]]
+    elif entry.state == "saving":
+        save_memory.leave_to_finisher(vm)
     return None
 
 
@@ -142,7 +147,7 @@ async def verify_running(vm: VM) -> None:
 
 
 async def _decide_memory(vm: VM, wanted: str, state: VMState) -> str:
-    if wanted == "never" or (state.is_off and wanted == "auto"):
+    if wanted == "never" or (state.is_off and wanted in ("auto", "always")):
         return "never"
     if state.is_off:
         raise MemoryNotSaved(f"{vm.name} is off; it has no memory to save", hint="leave --memory away")
@@ -153,7 +158,7 @@ async def _decide_memory(vm: VM, wanted: str, state: VMState) -> str:
         need = save_memory.space_for(vm.driver.memory_bytes()) + save_memory.RESERVE
         free = files.free_bytes(vm.home.path)
         if free < need:
-            raise NoSpace(f"saving the memory of {vm.name} needs up to {need // MiB} MiB, {free // MiB} MiB are free",
+            raise NoSpace(f"saving the memory of {vm.name} needs up to {size(need)}, {size(free)} are free",
                           hint="free space, or use --disk-only")  # fmt: skip
     return "background"
 
@@ -166,7 +171,7 @@ def _check_space(vm: VM, overlays: Mapping[str, Image], save: str) -> None:
         if save != "never" and directory.stat().st_dev == vm.home.path.stat().st_dev:
             need += save_memory.space_for(vm.driver.memory_bytes())
         if files.free_bytes(directory) < need:
-            raise NoSpace(f"{need // MiB} MiB are needed on {directory}, {files.free_bytes(directory) // MiB} MiB are free",
+            raise NoSpace(f"{size(need)} are needed on {directory}, {size(files.free_bytes(directory))} are free",
                           hint="free space" + ("" if save == "never" else ", or use --disk-only"))  # fmt: skip
 
 
@@ -180,7 +185,7 @@ def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMSt
         steps.insert(0, "pause the VM (milliseconds)" if save != "paused" else "pause the VM until its memory is saved")
         steps.append("resume the VM")
     if save != "never":
-        steps.append(f"save up to {ram // MiB} MiB of memory" + (" while the VM runs" if save == "background" else ""))
+        steps.append(f"save up to {size(ram)} of memory" + (" while the VM runs" if save == "background" else ""))
     need = METADATA * len(overlays) + (save_memory.space_for(ram) if save != "never" else 0)
     downtime = ram / 1e9 if save == "paused" and state is VMState.RUNNING else 0.0
     return Plan(f"{vm.name}: create snapshot {snapshot.name!r}", tuple(steps), space_needed=need,
@@ -232,8 +237,7 @@ async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | Non
         entry.advance("prepared")
         _name_overlays(vm, prepared)
         pause = _Pause(vm, guard, prepared)
-        with signals_held():
-            await pause.run()
+        await uninterrupted(pause.run())
         snapshot = replace(prepared.snapshot, pause_ms=pause.milliseconds)
         return _note_switched(vm, entry, snapshot, pause.captured, pause.why)
 
@@ -294,7 +298,7 @@ def _note_switched(vm: VM, entry: Entry, snapshot: Snapshot, captured: bool | No
     """Past the point of no return: journal, then fingerprints of what is frozen now, then the catalog."""
     if captured is False:
         snapshot = replace(snapshot, memory=Memory("failed", reason=why))
-    entry.advance("saving" if captured else "switched", pause_ms=snapshot.pause_ms, reason=why)
+    entry.advance("saving" if captured else "switched", pause_ms=snapshot.pause_ms, reason=why, captured_at=time.time())
     return note_frozen(vm, snapshot)
 
 
@@ -337,10 +341,13 @@ async def settle_power(vm: VM, snapshot: Snapshot) -> None:
     """
     if await vm.driver.state() is VMState.STOPPED:
         return
-    with signals_held():
-        await vm.driver.resume()
-        if snapshot.was == "paused":
-            await vm.driver.pause()
+    await uninterrupted(_cont_and_stop(vm, snapshot))
+
+
+async def _cont_and_stop(vm: VM, snapshot: Snapshot) -> None:
+    await vm.driver.resume()
+    if snapshot.was == "paused":
+        await vm.driver.pause()
 
 
 # -- when it was interrupted around the pause -------------------------------------------------------------------------
@@ -418,7 +425,7 @@ async def undo(vm: VM, entry: Entry) -> None:
         if image.path.exists():
             if not layers.is_empty(image.path):
                 raise ChainDamaged(
-                    f"{image.path} holds data, though no VM ever wrote to it", hint="keep it; diskchain check"
+                    f"{image.path} holds data, though no VM ever wrote to it", hint="keep it, and look who wrote to it"
                 )
             files.unlink_durably(image.path)
     remove_snapshot_dir(vm, entry.data["snapshot"])

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from diskchain.chain.model import Catalog, Image, Memory, MiB
+from diskchain.chain.model import Catalog, Image, Memory
 from diskchain.chain.plan import Deletion, Fold, Plan, plan_delete
+from diskchain.chain.text import size as text_of
 from diskchain.drivers.machines import Machines
 from diskchain.errors import DiskchainError, HasChildren, NoSpace, Unfinished, UnsupportedDisk, VMRunning
 from diskchain.host import files, locks, qemu_img
@@ -60,11 +61,11 @@ def to_plan(vm: VM, deletions: Sequence[Deletion]) -> Plan:
     steps, moved, lost = [], 0, []
     for deletion in deletions:
         for fold in deletion.folds:
-            size = files.allocated_bytes(fold.top.path)
-            moved += size
-            steps.append(f"{fold.target}: fold {size // MiB} MiB of {fold.top.path.name} into {fold.into.path.name}")
+            held = files.allocated_bytes(fold.top.path)
+            moved += held
+            steps.append(f"{fold.target}: fold {text_of(held)} of {fold.top.path.name} into {fold.into.path.name}")
         steps += [
-            f"{i.target}: delete {i.path.name} ({files.allocated_bytes(i.path) // MiB} MiB)" for i in deletion.unlinks
+            f"{i.target}: delete {i.path.name} ({text_of(files.allocated_bytes(i.path))})" for i in deletion.unlinks
         ]
         steps += [
             f"{i.target}: let go of {i.path.name}; the file stays (diskchain did not make it)" for i in deletion.kept
@@ -72,7 +73,7 @@ def to_plan(vm: VM, deletions: Sequence[Deletion]) -> Plan:
         if deletion.unlinks:
             lost.append(f"the disks' state of {deletion.snapshot.name}")
         if deletion.snapshot.memory.saved:
-            lost.append(f"the memory of {deletion.snapshot.name} ({deletion.snapshot.memory.bytes // MiB} MiB)")
+            lost.append(f"the memory of {deletion.snapshot.name} ({text_of(deletion.snapshot.memory.bytes)})")
     names = ", ".join(repr(d.snapshot.name) for d in deletions)
     return Plan(f"{vm.name}: delete {names}", tuple(steps), bytes=moved, space_needed=_needed(deletions),
                 lost=tuple(lost), point_of_no_return="when the first merge begins (then forward only)")  # fmt: skip
@@ -117,9 +118,9 @@ def _check_space(deletions: Sequence[Deletion]) -> None:
             free = files.free_bytes(fold.into.path)
             if need > free + freed:
                 raise NoSpace(
-                    f"folding {fold.top.path.name} into {fold.into.path.name} needs up to {need // MiB} MiB, "
-                    f"{free // MiB} MiB are free",
-                    hint=f"free {-(-(need - free) // MiB)} MiB on {fold.into.path.parent}",
+                    f"folding {fold.top.path.name} into {fold.into.path.name} needs up to {text_of(need)}, "
+                    f"{text_of(free)} are free",
+                    hint=f"free {text_of(need - free)} on {fold.into.path.parent}",
                 )
 
 

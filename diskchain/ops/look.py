@@ -5,17 +5,20 @@ from __future__ import annotations
 import calendar
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diskchain.chain.allocation import hidden_bytes
 from diskchain.chain.machine import parse_machine_file
 from diskchain.chain.model import Catalog, Image, Snapshot
 from diskchain.chain.plan import Plan
+from diskchain.chain.text import size
 from diskchain.config import load_config
 from diskchain.drivers.machines import Machines, Registered
 from diskchain.errors import BadMachineFile, DiskchainError, NotFound
-from diskchain.host import files
+from diskchain.host import files, locks
+from diskchain.ops.allocation import allocated, raw_extents
 from diskchain.ops.vm import VM, Host
 from diskchain.store import catalog as catalog_store
 from diskchain.store import journal
@@ -72,12 +75,24 @@ class Listing:
     now_bytes: int
     all_bytes: int
     layers: int
+    unfinished: dict[str, str] | None = None  # an operation that was interrupted
 
 
 async def listing(vm: VM) -> Listing:
     """Return what `list` and `tree` show."""
     state = await state_word(vm)
-    return gather(vm.catalog, vm.home, state, time.time())
+    return replace(gather(vm.catalog, vm.home, state, time.time()), unfinished=_interrupted(vm))
+
+
+def _interrupted(vm: VM) -> dict[str, str] | None:
+    """Return the operation that was interrupted; None when there is none, or somebody is at work on it."""
+    if not journal.is_open(vm.home) or locks.holder_operation(vm.home.lock):
+        return None
+    try:
+        entry = journal.open_entry(vm.home)
+    except DiskchainError:
+        return {"op": "unknown", "name": "", "state": "damaged"}
+    return {"op": entry.op, "name": str(entry.data.get("name", "")), "state": entry.state} if entry else None
 
 
 def gather(catalog: Catalog, home: Home, state: str, now: float) -> Listing:
@@ -140,13 +155,21 @@ def _disks(catalog: Catalog, snapshot: Snapshot) -> list[dict[str, str | None]]:
 
 
 def _frees(catalog: Catalog, snapshot: Snapshot, memory: int) -> int | None:
-    """Bytes that no other state reads; known where nothing stands on the snapshot's layers."""
+    """Return the bytes that no other state reads: what a delete gives back. None when the files can't tell.
+
+    Nothing stands on a layer: all of it. One overlay: what that overlay hides of it. Several: it stays.
+    """
     total = memory
-    for image_id in snapshot.disks.values():
-        image = catalog.images[image_id]
-        if catalog.overlays_on(image_id) or image_id in catalog.active.values():
-            return None
-        total += (_allocated(image.path) or 0) if image.ours else 0
+    try:
+        for image_id in snapshot.disks.values():
+            image, overlays = catalog.images[image_id], catalog.overlays_on(image_id)
+            if not overlays:
+                total += files.allocated_bytes(image.path) if image.ours else 0
+            elif len(overlays) == 1:
+                below = raw_extents(image.path) if image.fmt == "raw" else allocated(image.path)
+                total += hidden_bytes(below, allocated(overlays[0].path))
+    except DiskchainError:
+        return None
     return total
 
 
@@ -206,6 +229,7 @@ def tree_json(listing: Listing) -> dict[str, Any]:
 def _listing_head(listing: Listing) -> dict[str, Any]:
     return {
         "vm": listing.vm, "state": listing.state, "current": listing.current, "now": {"keeps": listing.now_bytes},
+        "unfinished": listing.unfinished,
         "pending": [{"op": "merge", "snapshot": p.snapshot.name, "bytes": p.bytes} for p in listing.pending],
     }  # fmt: skip
 
@@ -258,7 +282,14 @@ def show_json(vm: VM, shown: Shown) -> dict[str, Any]:
 
 async def machines(host: Host) -> list[dict[str, Any]]:
     """Return what `machine list` shows, one machine after the other; a damaged one with what is known of it."""
-    return [await _machine(host, registered) for registered in host.machines.all()]
+    found = []
+    for name in host.names():
+        try:
+            found.append(await _machine(host, host.machines.get(name)))
+        except DiskchainError:
+            found.append({"name": name, "uuid": None, "state": "damaged", "memory": None, "cpus": None, "disks": [],
+                          "macs": [], "home": None, "console": None, "snapshots": None})  # fmt: skip
+    return found
 
 
 async def _machine(host: Host, registered: Registered) -> dict[str, Any]:
@@ -295,7 +326,7 @@ def plan_define(file: Path) -> Plan:
     except (OSError, UnicodeDecodeError) as error:
         raise BadMachineFile(f"{file} can't be read: {error}") from None
     machine = parse_machine_file(text, str(file))
-    steps = [f"define it with {machine.memory >> 20} MiB of memory and {machine.cpus} CPUs"]
+    steps = [f"define it with {size(machine.memory)} of memory and {machine.cpus} CPUs"]
     steps += [f"{disk.target}: {file.parent / disk.image}" for disk in machine.disks]
     return Plan(f"{machine.name}: define", tuple(steps))
 

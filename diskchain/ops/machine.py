@@ -15,11 +15,22 @@ from diskchain.drivers import accel
 from diskchain.drivers.machines import Machines, Registered, with_absolute_paths
 from diskchain.drivers.protocol import VMState
 from diskchain.drivers.qemu import QemuDriver
-from diskchain.errors import BadMachineFile, DiskchainError, HostileImage, NotFound, Refused, UsageError, VMRunning
+from diskchain.errors import (
+    BadMachineFile,
+    ChainDamaged,
+    DiskchainError,
+    DriverFailed,
+    HostileImage,
+    NotFound,
+    Refused,
+    UsageError,
+    VMRunning,
+)
 from diskchain.host import files
 from diskchain.host.locks import vm_lock
+from diskchain.ops import sharers
 from diskchain.ops.approve import approve_chain, fingerprint
-from diskchain.ops.vm import Host, new_id
+from diskchain.ops.vm import Host, new_id, plain
 from diskchain.store import catalog as catalog_store
 from diskchain.store.catalog import Home, homes_near
 
@@ -47,10 +58,11 @@ async def define(host: Host, file: Path) -> Defined:
     machine = replace(machine, disks=tuple(replace(d, image=str(chains[d.target][0].path)) for d in disks))
     home = _home_of(host, machine, known, chains)
     machine = await _completed(machine, known, home)
+    _next_catalog(host, machine, home, chains)
     with files.os_errors(home.path, "create"):
         home.make()
     with vm_lock(home.lock, f"define {machine.name}", wait=host.config.wait):
-        _write_catalog(host, machine, home, chains)
+        catalog_store.save(home, _next_catalog(host, machine, home, chains))
         host.machines.put(Registered(machine, home.path, str(file.absolute())))
     return Defined(machine, home.path, known is not None)
 
@@ -68,8 +80,8 @@ def _parse(file: Path) -> Machine:
 def _known(machines: Machines, name: str) -> Registered | None:
     try:
         return machines.get(name)
-    except NotFound:
-        return None
+    except (NotFound, DriverFailed):
+        return None  # a damaged definition is written anew; the records are found beside the disk
 
 
 def _with_format(file: Path, disk: DiskSpec) -> DiskSpec:
@@ -136,11 +148,9 @@ def _with_mac(net: NetSpec, old: NetSpec | None) -> NetSpec:
     return replace(net, mac=old.mac if old else made)
 
 
-def _write_catalog(host: Host, machine: Machine, home: Home, chains: dict[str, list[ApprovedImage]]) -> None:
-    try:
-        catalog = catalog_store.load(home)
-    except NotFound:
-        catalog = Catalog(home.path.name, machine.name)
+def _next_catalog(host: Host, machine: Machine, home: Home, chains: dict[str, list[ApprovedImage]]) -> Catalog:
+    """Return the catalog with which the machine is defined. Changes nothing. Raise Refused, ChainDamaged."""
+    catalog = _catalog_of(host, machine, home)
     for disk in machine.disks:
         _refuse_foreign(host, machine, chains[disk.target][0])
     known = {t for t in (d.target for d in machine.disks) if t in catalog.active}
@@ -155,7 +165,21 @@ def _write_catalog(host: Host, machine: Machine, home: Home, chains: dict[str, l
             catalog = _with_chain(catalog, disk.target, chains[disk.target])
     targets = tuple(d.target for d in machine.disks)
     active = {t: catalog.active[t] for t in targets}
-    catalog_store.save(home, replace(catalog, name=machine.name, targets=targets, active=active))
+    return replace(catalog, name=machine.name, targets=targets, active=active)
+
+
+def _catalog_of(host: Host, machine: Machine, home: Home) -> Catalog:
+    """Return the machine's catalog, an empty one for a new machine.
+
+    Never an empty one where there has been another: its base would be started under its own overlays.
+    """
+    try:
+        return catalog_store.load(home)
+    except NotFound:
+        if machine.name in host.machines.names() or home.recover_txt.exists():
+            raise ChainDamaged(f"the catalog of {machine.name} is missing: {home.catalog}",
+                               hint="bring it back from a backup; RECOVER.txt beside it lists the chain") from None  # fmt: skip
+        return Catalog(home.path.name, machine.name)
 
 
 def _refuse_other_chain(catalog: Catalog, target: str, top: ApprovedImage) -> None:
@@ -192,6 +216,10 @@ def _images_of_others(host: Host, machine: Machine) -> Iterator[tuple[str, Path]
 
 
 def _with_chain(catalog: Catalog, target: str, chain: list[ApprovedImage]) -> Catalog:
+    overlays = sharers.overlays_beside(chain[0].path)
+    if overlays:
+        raise Refused(f"{chain[0].path} is the backing file of {overlays[0]}; a VM that writes to it destroys that",
+                      hint="name the topmost image of the chain instead, or move its overlays away")  # fmt: skip
     below: str | None = None
     for found in reversed(chain):
         if catalog.image_at(found.path):
@@ -208,12 +236,12 @@ async def undefine(host: Host, name: str) -> Path:
 
     Raise NotFound, VMRunning.
     """
-    registered = host.machines.get(name)
+    registered = host.machines.get(plain(name))
     driver = QemuDriver(registered, host.machines, host.config.run_dir)
     try:
         if await driver.state() is not VMState.STOPPED:
             raise VMRunning(f"{name} is on", hint=f"diskchain stop {name}")
     finally:
         await driver.close()
-    host.machines.remove(name)
+    host.machines.remove(registered.machine.name)
     return registered.home

@@ -21,6 +21,7 @@ from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot, snapshot_name
 from diskchain.chain.plan import Plan
+from diskchain.chain.text import size
 from diskchain.drivers.protocol import Definition, VMState
 from diskchain.errors import BadName, ChainDamaged, DiskchainError, DriverFailed, NoSpace, NotFound, Refused, Unfinished
 from diskchain.host import files
@@ -125,7 +126,7 @@ def _keep(catalog: Catalog, request: Request, state: VMState) -> Snapshot:
     memory = Memory("saving") if request.keep_memory and not state.is_off else Memory()
     return Snapshot(
         id=new_id(), name=name, created=now_utc(), parent=catalog.current, disks=dict(catalog.active),
-        description=f"the present before the revert to {request.name}", automatic=not request.keep_as,
+        description=f"the present before going back to {request.name}", automatic=not request.keep_as,
         consistency="off" if state.is_off else "crash", was=state.value, by=getpass.getuser(), memory=memory,
     )  # fmt: skip
 
@@ -136,7 +137,7 @@ def _check_space(vm: VM, overlays: dict[str, Image], keep: Snapshot | None) -> N
         need += save_memory.space_for(vm.driver.memory_bytes())
     free = files.free_bytes(vm.home.path)
     if free < need:
-        raise NoSpace(f"{need >> 20} MiB are needed beside the disks of {vm.name}, {free >> 20} MiB are free",
+        raise NoSpace(f"{size(need)} are needed beside the disks of {vm.name}, {size(free)} are free",
                       hint="free space" + (", or leave --keep-memory away" if need > 1 << 30 else ""))  # fmt: skip
 
 
@@ -154,13 +155,11 @@ def _plan(vm: VM, snapshot: Snapshot, state: VMState, keep: Snapshot | None, wit
     lost = []
     written = sum(files.allocated_bytes(vm.catalog.images[i].path) for i in vm.catalog.active.values())
     if keep is None:
-        lost.append(f"the present ({written >> 20} MiB of writes) is discarded")
+        lost.append(f"the present ({size(written)} of writes) is discarded")
     elif keep.memory.status == "saving":
         steps.append(f"the present is kept as {keep.name}, with its memory")
     else:
-        steps.append(
-            f"the present ({written >> 20} MiB of writes since) is kept as {keep.name}, disk only, 0 extra bytes"
-        )
+        steps.append(f"the present ({size(written)} of writes since) is kept as {keep.name}, disk only, 0 extra bytes")
         if not state.is_off:
             lost.append("the programs that run now (the kept present is like after a power cut)")
     if changes:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diskchain.chain.model import Memory, MiB, Snapshot
+from diskchain.chain.text import size as text_of
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError, NoSpace, ToolFailed
 from diskchain.host import files
@@ -56,10 +57,10 @@ async def _reserve(fd: int, size: int, path: Path) -> None:
         await run(["fallocate", "--keep-size", "--length", str(size), f"/proc/self/fd/{fd}"], pass_fds=[fd])
     except ToolFailed as error:
         if "No space" in error.stderr:
-            raise NoSpace(f"no room for the memory: {size >> 20} MiB are needed beside {path.parent.name}",
+            raise NoSpace(f"no room for the memory: {text_of(size)} are needed beside {path.parent.name}",
                           hint="free space, or use --disk-only") from error  # fmt: skip
         if files.free_bytes(path) < size:  # a filesystem that can't reserve
-            raise NoSpace(f"no room for the memory: {size >> 20} MiB are needed", hint="use --disk-only") from error
+            raise NoSpace(f"no room for the memory: {text_of(size)} are needed", hint="use --disk-only") from error
 
 
 def domain_xml(name: str, uuid: str, ram: int, cpus: int) -> str:
@@ -77,9 +78,8 @@ async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Prog
 
     Journal state `saving` before, `saved` after. Returns the snapshot as it is in the catalog then.
     """
-    began = time.monotonic()
     failure = await _wait(vm, progress)
-    seconds = time.monotonic() - began + float(entry.data.get("save_seconds", 0))
+    seconds = max(0.0, time.time() - float(entry.data["captured_at"]))  # for display
     if failure:
         memory = Memory("failed", reason=failure)
         files.unlink_durably(part_of(vm.home, snapshot.id))

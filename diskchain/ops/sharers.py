@@ -60,6 +60,13 @@ def _overlays_in_directories(vm: VM, machines: Machines, target: tuple[int, int]
                 yield str(path)
 
 
+def overlays_beside(image: Path) -> list[Path]:
+    """Return the images in the same directory that name this one as their backing file."""
+    status = image.stat()
+    target = (status.st_dev, status.st_ino)
+    return sorted(path for path in _files(image.parent) if path != image and _backs_on(path, target))
+
+
 def _files(directory: Path) -> Iterable[Path]:
     try:
         with os.scandir(directory) as entries:

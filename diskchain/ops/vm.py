@@ -94,7 +94,7 @@ class Host:
         home = Home(self.machines.get(plain(name)).home)
         if not home.path.is_dir():
             raise ChainDamaged(f"the records of {name} are gone: {home.path} does not exist",
-                               hint="bring the directory back, or define the machine again from its file")  # fmt: skip
+                               hint="bring the directory back from a backup; the images themselves are plain qcow2")  # fmt: skip
         return home
 
     def _open(self, name: str, *, socket: str) -> VM:

@@ -80,7 +80,7 @@ def open_entry(home: Home) -> Entry | None:
         return None
     if len(found) > 1:
         raise RecordDamaged(
-            f"{home.journal} holds more than one open entry", hint="diskchain check; keep all the files"
+            f"{home.journal} holds more than one open entry", hint="keep them all; the newest is the one that counts"
         )
     body = record.read(found[0], "journal")
     try:

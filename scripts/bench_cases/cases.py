@@ -17,7 +17,7 @@ from tests.support.console import Console
 from tests.support.own_machine import Guest, OwnMachine
 
 ROOT = Path(__file__).resolve().parents[2]
-LIKE_BARE = Goal(1.10, 3.0)
+LIKE_BARE = Goal(1.50, 5.0)
 Case = Callable[[Bench], Iterator[Row]]
 
 
@@ -141,7 +141,7 @@ def chain(bench: Bench) -> Iterator[Row]:
         for _ in range(count):
             ours.append(timed(lambda top=top: approve_chain(top, "qcow2")))  # type: ignore[misc]
             qemu_img.append(timed(lambda top=top: _info(top)))  # type: ignore[misc]
-        yield Row(f"chain of {depth} layers read", ours, qemu_img, "qemu-img info", goal=Goal(0.2))
+        yield Row(f"chain of {depth} layers read", ours, qemu_img, "qemu-img info", goal=Goal(0.1))
 
 
 def make_chain(directory: Path, depth: int) -> list[Path]:

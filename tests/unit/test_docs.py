@@ -12,8 +12,8 @@ import pytest
 
 from diskchain import errors
 from diskchain.chain import machine
-from diskchain.cli.app import COMMANDS, root
-from diskchain.config import Config
+from diskchain.cli.app import COMMANDS, Entry, root
+from diskchain.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -58,9 +58,9 @@ def error_classes(base: type[errors.DiskchainError] = errors.DiskchainError) -> 
 
 
 @pytest.mark.parametrize("entry", COMMANDS, ids=lambda entry: entry.name)
-def test_commands_every_one_has_a_heading(entry: object) -> None:
+def test_commands_every_one_has_a_heading(entry: Entry) -> None:
     """docs/commands.md has a section for it."""
-    assert re.search(rf"^### {getattr(entry, 'name')}$", text("docs/commands.md"), re.MULTILINE)  # noqa: B009
+    assert re.search(rf"^### {entry.name}$", text("docs/commands.md"), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("name", "command"), list(commands()), ids=lambda value: str(value))
@@ -110,8 +110,6 @@ def test_configuration_every_setting_has_a_row(name: str) -> None:
 
 def test_configuration_example_holds_the_defaults(tmp_path: Path) -> None:
     """The example is a whole configuration, and changes nothing."""
-    from diskchain.config import load_config
-
     (example,) = [b for b in blocks(text("docs/configuration.md")) if "state_dir" in b]
     file = tmp_path / "diskchain.toml"
     file.write_text(example)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from diskchain.chain.model import GiB, Image, KiB, Memory, MiB, Snapshot
+from diskchain.chain.text import size
 from diskchain.cli import render
 from diskchain.cli.progress import LineProgress
 from diskchain.errors import UsageError
@@ -22,7 +23,7 @@ DAY = 86400.0
      (GiB - 1, "1G"), (GiB, "1G"), (1288490189, "1.2G"), (15 * GiB, "15G"), (2048 * GiB, "2T"), (None, "?")],
 )  # fmt: skip
 def test_size_is_short(count: int | None, text: str) -> None:
-    assert render.size(count) == text
+    assert size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_unknown_column_is_refused() -> None:
 
 def test_progress_without_terminal_says_at_most_a_line_per_10_percent() -> None:
     stream, warnings = io.StringIO(), list[str]()
-    progress = LineProgress(stream, quiet=False, warnings=warnings)
+    progress = LineProgress(stream, quiet=False, warnings=warnings, patience=0)
     progress.begin("merging vda", 1000, note="safe to interrupt")
     for done in range(1001):
         progress.update(done)
@@ -140,4 +141,4 @@ def test_image_of_unknown_size_shows_a_question_mark(tmp_path: Path) -> None:
     snapshot = Snapshot("s", "s", "2026-11-02T09:30:00Z", None, {"vda": "i"})
     catalog = Catalog("u", "x", {"i": image}, {}, {"s": snapshot})
     view = look.view(catalog, Home(tmp_path), snapshot, 0)
-    assert (view.disk_bytes, view.frees, view.warnings) == (None, 0, ["a layer is missing"])
+    assert (view.disk_bytes, view.frees, view.warnings) == (None, None, ["a layer is missing"])
