@@ -12,11 +12,12 @@ class DiskchainError(Exception):
     """Something failed; nothing changed or everything was put back."""
 
     exit_code = 1
+    usual_hint: str | None = None  # where nothing better is known
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
     @property
     def kind(self) -> str:
@@ -26,6 +27,8 @@ class DiskchainError(Exception):
 
 class ToolFailed(DiskchainError):
     """A program that we ran failed."""
+
+    usual_hint = "run it again with -vv: it shows each command line"
 
     def __init__(self, argv: Sequence[str], returncode: int, stderr: str, *, hint: str | None = None) -> None:
         said = stderr.strip().splitlines()[-1] if stderr.strip() else "it said nothing"
@@ -38,11 +41,14 @@ class ToolFailed(DiskchainError):
 class DriverFailed(DiskchainError):
     """The hypervisor refused a command or died while it was carried out."""
 
+    usual_hint = "run it again with -vv: it shows what QEMU was told and said"
+
 
 class UsageError(DiskchainError):
     """Wrong input, or a confirmation was needed and nobody was there. Nothing changed."""
 
     exit_code = 2
+    usual_hint = "diskchain --help"
 
 
 class BadName(UsageError):
@@ -57,18 +63,21 @@ class Unfinished(DiskchainError):
     """Stopped half-way; the journal knows, `recover` finishes or undoes it."""
 
     exit_code = 3
+    usual_hint = "diskchain recover"
 
 
 class NotFound(DiskchainError):
     """No such VM, snapshot or file. Nothing changed."""
 
     exit_code = 4
+    usual_hint = "correct the name, or bring the file back"
 
 
 class Busy(DiskchainError):
     """Another operation or process has it. Nothing changed."""
 
     exit_code = 5
+    usual_hint = "try again later, or use --wait 10m"
 
 
 class Refused(DiskchainError):
@@ -96,6 +105,8 @@ class Protected(Refused):
 class UnsupportedDisk(Refused):
     """This disk (or a feature of its image) can't be handled."""
 
+    usual_hint = "take that disk out of the machine file, or convert it: qemu-img convert -O qcow2"
+
 
 class MemoryNotSaved(Refused):
     """Memory can't be saved the way that was asked for."""
@@ -104,17 +115,21 @@ class MemoryNotSaved(Refused):
 class HostileImage(Refused):
     """An image that QEMU must not be shown (see chain/qcow2.py)."""
 
+    usual_hint = "bring the right image back; QEMU was not shown this one"
+
 
 class NoSpace(DiskchainError):
     """Not enough space, measured beforehand. Nothing changed."""
 
     exit_code = 7
+    usual_hint = "make room on that filesystem (df -h)"
 
 
 class ChainDamaged(DiskchainError):
     """Files disagree with each other or with what we remember; stopped before touching them."""
 
     exit_code = 8
+    usual_hint = "bring the right files back; RECOVER.txt beside the catalog lists the chain"
 
 
 class RecordDamaged(ChainDamaged):
@@ -129,6 +144,7 @@ class Unreachable(DiskchainError):
     """No connection to QEMU, libvirt, a cluster or an image store."""
 
     exit_code = 9
+    usual_hint = "run it again with -vv; look at qemu.log beside the catalog"
 
 
 class Degraded(DiskchainError):

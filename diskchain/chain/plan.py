@@ -40,6 +40,7 @@ class Fold:
     top: Image
     into: Image
     overlays: tuple[Image, ...]
+    below: tuple[Image, ...] = ()  # what `into` stands on: a write into a part of a cluster reads the rest from there
     method: str = "commit"
 
 
@@ -70,7 +71,9 @@ def plan_delete(catalog: Catalog, snapshot: Snapshot) -> Deletion:
             raise HasChildren(_children_text(catalog, snapshot, len(overlays)), hint=_children_hint(catalog, snapshot))
         if overlays:
             top = overlays[0]
-            folds.append(Fold(target, top, image, tuple(catalog.overlays_on(top.id))))
+            folds.append(
+                Fold(target, top, image, tuple(catalog.overlays_on(top.id)), tuple(catalog.chain(image_id)[1:]))
+            )
         elif image_id in catalog.active.values():
             raise Refused(
                 f"{image.path} is an active layer; this catalog contradicts itself",

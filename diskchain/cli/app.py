@@ -218,7 +218,7 @@ def _run(app: App, argv: list[str]) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except OSError as error:
-        return _report(app, 1, "OSError", _of_the_system(error), None)
+        return _report(app, 1, "OSError", _of_the_system(error), "look at dmesg and at that file, then try again")
     except Exception as error:
         return _report_bug(app, error)
     return result if isinstance(result, int) and result else app.exit_code

@@ -16,6 +16,7 @@ from qemu.qmp.protocol import StateError
 from diskchain.errors import DriverFailed, Unreachable
 
 log = logging.getLogger(__name__)
+_PATIENCE = 120.0  # seconds; every command that we send is answered at once by a QEMU that is alive
 for _noisy in (
     "qemu.qmp",
     "asyncio",
@@ -54,7 +55,10 @@ class Monitor:
         named = {key.replace("_", "-"): value for key, value in arguments.items()}
         log.debug("QMP %s %s", command, named)
         try:
-            return await self._client.execute(command, named or None)
+            return await asyncio.wait_for(self._client.execute(command, named or None), _PATIENCE)
+        except TimeoutError as error:
+            raise Unreachable(f"QEMU did not answer {command} within {_PATIENCE:.0f} seconds",
+                              hint="look at its storage; diskchain stop --force ends it") from error  # fmt: skip
         except ExecuteError as error:
             raise DriverFailed(f"QEMU refused {command}: {error}") from error
         except (QMPError, StateError, OSError, asyncio.IncompleteReadError) as error:

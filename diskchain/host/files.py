@@ -55,7 +55,7 @@ def translated(error: OSError, path: Path | str, action: str) -> DiskchainError:
         return Refused(message, hint="run as root or as the owner of the file; check its mode and SELinux label")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return NotFound(message)
-    return DiskchainError(message)
+    return DiskchainError(message, hint="look at dmesg and at the filesystem, then try again")
 
 
 @contextlib.contextmanager

@@ -148,16 +148,21 @@ def _set_locks(fd: int, kind: int) -> None:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
 
 
+def has_writer(path: Path) -> bool:
+    """Whether some QEMU (or a tool of its) has the image open for writing."""
+    return _locked(path, 101, 1)
+
+
 def image_in_use(path: Path) -> bool:
-    """Whether some QEMU (or engine) has the image open, as active layer or as a backing file."""
+    """Whether some QEMU (or a tool of its) has the image open, as active layer or as a backing file, or reads it."""
+    return _locked(path, 100, 64) or _locked(path, 200, 64)
+
+
+def _locked(path: Path, first: int, count: int) -> bool:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        for start in (100, 200):
-            probe = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, 64, 0)
-            answer = struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, probe))
-            if answer[0] != fcntl.F_UNLCK:
-                return True
-        return False
+        probe = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
+        return bool(struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, probe))[0] != fcntl.F_UNLCK)
     finally:
         os.close(fd)
 

@@ -37,6 +37,14 @@ def unlocked(path: Path, fmt: str, backing: dict[str, Any] | None = None) -> dic
     return node
 
 
+def read_only(path: Path, fmt: str, backing: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the block node of an image below those that we guard: only read, with QEMU's own locks."""
+    node: dict[str, Any] = {"driver": fmt, "read-only": True, "file": {"driver": "file", "filename": str(path)}}
+    if fmt == "qcow2":
+        node["backing"] = backing
+    return node
+
+
 def _json(node: dict[str, Any]) -> str:
     return "json:" + json.dumps(node)
 
@@ -98,9 +106,9 @@ async def commit(
               timeout=None, pass_fds=guard, on_output=progress)  # fmt: skip
 
 
-async def compare(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Compare two images' guest content, read around the page cache. Raise ChainDamaged when they differ."""
-    argv = ["qemu-img", "compare", "-q", "-T", "none", _json(one), _json(other)]
+async def compare(one: dict[str, Any], other: dict[str, Any], *, direct: bool) -> None:
+    """Compare two images' guest content, `direct` around the page cache. Raise ChainDamaged when they differ."""
+    argv = ["qemu-img", "compare", "-q", *(["-T", "none"] if direct else []), _json(one), _json(other)]
     result = await run(argv, timeout=None, ok=(0, 1))
     if result.returncode == 1:
         raise ChainDamaged("after the merge the base does not hold what the overlay shows", hint="keep both files; diskchain recover")  # noqa: E501  # fmt: skip

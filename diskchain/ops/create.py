@@ -70,7 +70,9 @@ async def prepare(vm: VM, request: Request) -> Prepared:
                       hint=f"put right what stopped it, then: diskchain resume {vm.name}")  # fmt: skip
     name = _free_name(vm.catalog, request.name)
     await asyncio.to_thread(layers.verify_active, vm.catalog)
-    if not state.is_off:
+    if state.is_off:
+        layers.refuse_foreign_writers(vm.catalog)
+    else:
         await verify_running(vm)
     overlays = layers.plan_overlays(vm.catalog, vm.catalog.active)
     save = await _decide_memory(vm, request.memory, state)

@@ -20,7 +20,7 @@ from diskchain.chain.model import Catalog, Image, Memory
 from diskchain.chain.plan import Deletion, Fold, Plan, plan_delete
 from diskchain.chain.text import size as text_of
 from diskchain.drivers.machines import Machines
-from diskchain.errors import DiskchainError, HasChildren, NoSpace, Unfinished, UnsupportedDisk, VMRunning
+from diskchain.errors import Busy, DiskchainError, HasChildren, NoSpace, Unfinished, UnsupportedDisk, VMRunning
 from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
 from diskchain.ops import layers, merge, sharers
@@ -56,8 +56,24 @@ def after(catalog: Catalog, deletion: Deletion) -> Catalog:
     return catalog.without_images(gone).without_snapshot(deletion.snapshot.id)
 
 
+def _verify(catalog: Catalog, deletion: Deletion) -> None:
+    """Look at every layer that a deletion reads, writes, relinks or unlinks. Raise HostileImage, ChainDamaged.
+
+    Not at a base that was merged into already: it is no state, and has no fingerprint to keep.
+    """
+    for fold in deletion.folds if not deletion.snapshot.merge_begun else ():
+        layers.verify_chain(catalog, fold.top.id)
+        for overlay in fold.overlays:
+            image = catalog.images[overlay.id]  # as it is now: a planned one may stand on what is still to be merged
+            layers.verify_overlay(image, catalog.images[image.backing or ""])
+    for image in deletion.unlinks:
+        layers.verify_frozen(image)
+
+
 def to_plan(vm: VM, deletions: Sequence[Deletion]) -> Plan:
-    """Return the plan of some deletions in words and figures."""
+    """Return the plan of some deletions in words and figures. Raise ChainDamaged, HostileImage."""
+    for deletion in deletions:
+        _verify(vm.catalog, deletion)
     steps, moved, lost = [], 0, []
     for deletion in deletions:
         for fold in deletion.folds:
@@ -89,21 +105,27 @@ async def check(vm: VM, machines: Machines, deletions: Sequence[Deletion]) -> No
         first = deletions[0].snapshot.name
         raise VMRunning(f"{vm.name} is on; a merge needs it to be off",
                         hint=f"diskchain stop {vm.name}, or: diskchain delete --restart {vm.name} {first}")  # fmt: skip
+    mine = list(vm.catalog.images.values())
     for deletion in deletions:
+        await asyncio.to_thread(_verify, vm.catalog, deletion)
+        for image in deletion.unlinks:
+            sharers.refuse_overlays(vm, machines, image, mine)
         for fold in deletion.folds:
-            mine = list(vm.catalog.images.values())
+            _refuse_used(fold)
             sharers.refuse_shared(vm, machines, fold.into, mine)
             sharers.refuse_shared(vm, machines, fold.top, mine)
-            await asyncio.to_thread(_check_images, vm.catalog, fold, deletion.snapshot.merge_begun)
+            _refuse_what_a_merge_loses(fold)
     _check_space(deletions)
 
 
-def _check_images(catalog: Catalog, fold: Fold, merge_begun: bool) -> None:
-    """Approve both layers. A base that was merged into already has no fingerprint to keep."""
-    top = catalog.images.get(fold.top.id, fold.top)
-    if not merge_begun:
-        layers.verify_chain(catalog, top.id)
-    for image in approve_chain(top.path, top.fmt)[:2]:
+def _refuse_used(fold: Fold) -> None:
+    for path in (fold.top.path, fold.into.path):
+        if locks.image_in_use(path):
+            raise Busy(f"{path} is in use by {locks.open_by(path)}", hint="end that program first")
+
+
+def _refuse_what_a_merge_loses(fold: Fold) -> None:
+    for image in approve_chain(fold.top.path, fold.top.fmt)[:2]:
         if image.header and (image.header.has_bitmaps or image.header.snapshots):
             what = "persistent dirty bitmaps" if image.header.has_bitmaps else "internal snapshots"
             raise UnsupportedDisk(f"{image.path} holds {what}; a merge would lose them",
@@ -130,7 +152,11 @@ async def delete(vm: VM, deletion: Deletion, progress: Progress = QUIET) -> list
     Raise Unfinished when the merge stopped half-way: nothing is lost, `recover` goes on.
     """
     entry = journal.begin(vm.home, "delete", deletion.snapshot.id, now_utc(), _journal_data(deletion))
-    return await carry_out(vm, entry, progress)
+    try:
+        return await carry_out(vm, entry, progress)
+    except (Busy, VMRunning) as error:  # somebody came between the check and the guard
+        raise Unfinished(f"{error.message}; the snapshot is deleted, its merge waits",
+                         hint=f"end that, then: diskchain recover {vm.name}") from error  # fmt: skip
 
 
 def _journal_data(deletion: Deletion) -> dict[str, Any]:
@@ -182,7 +208,13 @@ def _tombstone(vm: VM, entry: Entry) -> None:
 def _folds(catalog: Catalog, entry: Entry) -> list[Fold]:
     images = catalog.images
     return [
-        Fold(f["target"], images[f["top"]], images[f["into"]], tuple(images[d] for d in f["overlays"] if d in images))
+        Fold(
+            f["target"],
+            images[f["top"]],
+            images[f["into"]],
+            tuple(images[d] for d in f["overlays"] if d in images),
+            tuple(catalog.chain(f["into"])[1:]),
+        )
         for f in entry.data["folds"]
         if f["top"] in images
     ]

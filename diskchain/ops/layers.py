@@ -12,8 +12,8 @@ from pathlib import Path
 
 from diskchain.chain import qcow2
 from diskchain.chain.model import Catalog, Image
-from diskchain.errors import ChainDamaged, DiskchainError, NotFound, Refused
-from diskchain.host import files, qemu_img
+from diskchain.errors import Busy, ChainDamaged, DiskchainError, NotFound, Refused
+from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
 from diskchain.ops.approve import approve_chain, fingerprint
 from diskchain.ops.vm import new_id
@@ -52,7 +52,10 @@ def verify_frozen(image: Image) -> None:
     """Compare a frozen image with its recorded fingerprint. Raise ChainDamaged when it was changed or replaced."""
     if image.fingerprint is None:
         return
-    now = fingerprint(image.path, image.fmt)
+    try:
+        now = fingerprint(image.path, image.fmt)
+    except NotFound as error:
+        raise ChainDamaged(f"{image.target}: {error.message}", hint=_missing_hint(image)) from error
     differing = sorted(key for key in image.fingerprint if now.get(key) != image.fingerprint[key])
     if differing:
         raise ChainDamaged(
@@ -61,10 +64,28 @@ def verify_frozen(image: Image) -> None:
         )
 
 
+def verify_overlay(image: Image, below: Image) -> None:
+    """Look at one layer alone: there, regular, as it was left, naming `below`. Raise HostileImage, ChainDamaged."""
+    verify_frozen(image)
+    try:
+        verify_reference(image, below)
+    except NotFound as error:
+        raise ChainDamaged(f"{image.target}: {error.message}", hint=_missing_hint(image)) from error
+
+
 def verify_active(catalog: Catalog) -> None:
     """Verify the chain of every disk."""
     for image_id in catalog.active.values():
         verify_chain(catalog, image_id)
+
+
+def refuse_foreign_writers(catalog: Catalog) -> None:
+    """Raise Busy when somebody writes to an active layer of a VM that is off (a QEMU that nobody told us of)."""
+    for image_id in catalog.active.values():
+        path = catalog.images[image_id].path
+        if path.is_file() and locks.has_writer(path):
+            raise Busy(f"{path} is being written by {locks.open_by(path)}, though {catalog.name} is off",
+                       hint="end that program first")  # fmt: skip
 
 
 def freeze(catalog: Catalog, ids: Iterable[str]) -> Catalog:
@@ -90,6 +111,8 @@ def plan_overlays(catalog: Catalog, on: Mapping[str, str]) -> dict[str, Image]:
         below, base = catalog.images[below_id], catalog.chain(below_id)[-1]
         image_id = new_id()
         path = below.path.parent / f"{base.path.stem[:100]}.{target}.{image_id}.qcow2"
+        if os.path.lexists(path):  # before the journal knows the name: its undo unlinks what it knows
+            raise Refused(f"{path} exists already", hint="move it away, then try again")
         size = approve_chain(below.path, below.fmt)[0].virtual_size
         overlays[target] = Image(image_id, path, "qcow2", target, size, below_id, ours=True)
     return overlays
@@ -175,9 +198,9 @@ def trash_of(path: Path) -> Path:
 
 
 def to_trash(paths: Iterable[Path]) -> None:
-    """Rename files away, durably; those already away are passed over."""
+    """Rename files away, durably; those already away, and what is no regular file (so not ours), are passed over."""
     for path in paths:
-        if path.exists():
+        if path.is_file() and not path.is_symlink():
             files.rename_durably(path, trash_of(path))
 
 

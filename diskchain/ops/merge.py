@@ -71,7 +71,7 @@ async def fold(fold: Fold, guard: ImageGuard, index: int, *, unclean: bool, prog
     if result.corruptions:
         raise ChainDamaged(f"{fold.into.path} is not clean after the merge ({result.corruptions} errors)")
     if unclean:
-        await qemu_img.compare(top, into)
+        await qemu_img.compare(top, into, direct=direct)
     return Merged(
         fold.target, str(fold.top.path), str(fold.into.path), size, round(time.monotonic() - began, 3), fold.method
     )
@@ -87,8 +87,15 @@ async def make_whole(fold: Fold, guard: ImageGuard, index: int) -> None:
 
 
 def _nodes(fold: Fold) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two layers as nodes under our guard. `into` alone: what is below it does not matter to a commit."""
-    into = qemu_img.unlocked(fold.into.path, fold.into.fmt)
+    """The two layers as nodes under our guard, on what is below them.
+
+    `into` needs its own backing files: where its clusters are larger than the overlay's, what is written is less than
+    a cluster, and QEMU fills the rest from below.
+    """
+    below: dict[str, Any] | None = None
+    for image in reversed(fold.below):
+        below = qemu_img.read_only(image.path, image.fmt, below)
+    into = qemu_img.unlocked(fold.into.path, fold.into.fmt, below)
     return into, qemu_img.unlocked(fold.top.path, fold.top.fmt, into)
 
 

@@ -17,13 +17,24 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot, snapshot_name
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.drivers.protocol import Definition, VMState
-from diskchain.errors import BadName, ChainDamaged, DiskchainError, DriverFailed, NoSpace, NotFound, Refused, Unfinished
+from diskchain.errors import (
+    BadName,
+    ChainDamaged,
+    DiskchainError,
+    DriverFailed,
+    HostileImage,
+    NoSpace,
+    NotFound,
+    Refused,
+    Unfinished,
+)
 from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.ops import layers, save_memory
@@ -91,6 +102,10 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     with_memory = snapshot.memory.saved and not request.cold
     for image_id in snapshot.disks.values():
         await asyncio.to_thread(layers.verify_chain, vm.catalog, image_id)
+    if not request.discard:
+        await asyncio.to_thread(_verify_present, vm.catalog, snapshot.name)
+    if state.is_off:
+        layers.refuse_foreign_writers(vm.catalog)
     definition = read_definition(vm, snapshot)
     missing = vm.driver.missing_files(definition)
     if missing:
@@ -103,6 +118,15 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     changes = vm.driver.differences(vm.driver.definition(), definition)
     plan = _plan(vm, snapshot, state, keep, with_memory, power, changes)
     return Prepared(snapshot, overlays, state, keep, with_memory, power, definition, plan, changes)
+
+
+def _verify_present(catalog: Catalog, going_to: str) -> None:
+    """The present can be kept only while it is whole. Raise ChainDamaged, HostileImage with the way out."""
+    try:
+        layers.verify_active(catalog)
+    except (ChainDamaged, HostileImage) as error:
+        lost = f"diskchain revert --discard {catalog.name} {going_to}"
+        raise type(error)(error.message, hint=f"bring the right file back; or give the present up: {lost}") from error
 
 
 def read_definition(vm: VM, snapshot: Snapshot) -> Definition:
@@ -153,7 +177,7 @@ def _plan(vm: VM, snapshot: Snapshot, state: VMState, keep: Snapshot | None, wit
     steps = [f"{state.value}" + (" -> stopped (not shut down)" if not state.is_off else "") + f" -> {power}"
              + (f" from {source}" if source else "")]  # fmt: skip
     lost = []
-    written = sum(files.allocated_bytes(vm.catalog.images[i].path) for i in vm.catalog.active.values())
+    written = sum(_allocated(vm.catalog.images[i].path) for i in vm.catalog.active.values())
     if keep is None:
         lost.append(f"the present ({size(written)} of writes) is discarded")
     elif keep.memory.status == "saving":
@@ -167,6 +191,14 @@ def _plan(vm: VM, snapshot: Snapshot, state: VMState, keep: Snapshot | None, wit
     return Plan(f"{vm.name}: revert to {snapshot.name!r}", tuple(steps), space_needed=METADATA * len(snapshot.disks),
                 downtime_estimate_s=2.0 if not state.is_off else 0.0, lost=tuple(lost),
                 point_of_no_return="when the VM runs on the new overlays")  # fmt: skip
+
+
+def _allocated(path: Path) -> int:
+    """What a layer takes; nothing when it is gone (a lost present can be left with --discard)."""
+    try:
+        return files.allocated_bytes(path)
+    except NotFound:
+        return 0
 
 
 async def revert(vm: VM, request: Request, progress: Progress = QUIET) -> Reverted:
@@ -235,6 +267,7 @@ async def _stop(vm: VM, entry: Entry, keep: Snapshot | None, progress: Progress)
             directory.mkdir(mode=0o700)
         definition = await vm.driver.live_definition()
         files.write_durably(directory / "machine.json", json.dumps(asdict(definition)).encode())
+        files.fsync_dir(directory.parent)
         if keep.memory.status == "saving":
             memory = await _save_while_stopped(vm, keep, progress)
             entry.data["keep"]["memory"] = asdict(memory)

@@ -29,14 +29,20 @@ def refuse_shared(vm: VM, machines: Machines, image: Image, mine: Iterable[Image
     if status.st_nlink > 1:
         raise HasSharers(f"{image.path} has {status.st_nlink} names (hard links); who uses the others is not known",
                          hint="copy it to a file of its own first (cp --reflink=auto)")  # fmt: skip
+    refuse_overlays(vm, machines, image, mine)
+
+
+def refuse_overlays(vm: VM, machines: Machines, image: Image, mine: Iterable[Image]) -> None:
+    """Raise HasSharers, naming them, when anybody but the images `mine` stands on the image or uses it as a disk."""
+    status = image.path.stat()
     known = {i.path.resolve() for i in mine} | {image.path.resolve()}
     target = (status.st_dev, status.st_ino)
     users = sorted(
         set(_other_machines(vm, machines, target)) | set(_overlays_in_directories(vm, machines, target, known))
     )
     if users:
-        raise HasSharers(f"{image.path} is used by {', '.join(users)} too; merging into it would destroy them",
-                         hint="merge nothing into a shared base; delete or move the other users first")  # fmt: skip
+        raise HasSharers(f"{image.path} is used by {', '.join(users)} too; a merge or delete would destroy them",
+                         hint="nobody else may use the layers of a delete; delete or move the other users first")  # fmt: skip
 
 
 def _other_machines(vm: VM, machines: Machines, target: tuple[int, int]) -> Iterable[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from diskchain.chain.model import Catalog, vm_name
@@ -83,10 +83,11 @@ class Host:
         home = self._home(name)
         with vm_lock(home.lock, f"{operation} {name}", wait=self.config.wait if wait is None else wait):
             vm = self._open(name, socket="qmp")
+            before = journal.contents(vm.home)
             try:
                 yield vm
             except (DiskchainError, OSError) as error:
-                raise _honest(vm, error) from error
+                raise _honest(vm, error, before) from error
             finally:
                 await vm.driver.close()
 
@@ -102,18 +103,28 @@ class Host:
         driver = QemuDriver(registered, self.machines, self.config.run_dir, socket=socket)
         home = self._home(name)
         try:
-            return VM(driver, home, self.config)
+            vm = VM(driver, home, self.config)
         except NotFound as error:
             raise ChainDamaged(f"the catalog of {name} is missing: {home.catalog}",
                                hint="bring it back from a backup; RECOVER.txt beside it lists the chain") from error  # fmt: skip
+        if vm.catalog.uuid != driver.uuid:
+            raise ChainDamaged(f"{home.catalog} is the catalog of another VM ({vm.catalog.name}, {vm.catalog.uuid})",
+                               hint="bring the right one back; RECOVER.txt beside it lists the chain")  # fmt: skip
+        return vm
 
 
-def _honest(vm: VM, error: DiskchainError | OSError) -> DiskchainError:
-    """An exit code says whether anything changed: with an open journal entry, `failed` becomes `unfinished`."""
-    known = error if isinstance(error, DiskchainError) else DiskchainError(f"the system said: {error}")
-    if known.exit_code in (1, 7, 9) and journal.is_open(vm.home):
-        return Unfinished(f"{known.message}; stopped half-way", hint=f"diskchain recover {vm.name}")
-    return known
+def _honest(vm: VM, error: DiskchainError | OSError, before: Mapping[str, bytes]) -> DiskchainError:
+    """An exit code says whether anything changed: with a journal entry left open, `failed` becomes `unfinished`.
+
+    An entry that is as it was `before` was not touched: then a refusal (6) or damage (8) is what it says.
+    """
+    known = error
+    if not isinstance(known, DiskchainError):
+        known = DiskchainError(f"the system said: {error}", hint="look at dmesg and the filesystem, then try again")
+    now = journal.contents(vm.home)
+    if not now or isinstance(known, Unfinished) or (now == before and known.exit_code not in (1, 7, 9)):
+        return known
+    return Unfinished(f"{known.message}; stopped half-way", hint=f"diskchain recover {vm.name}")
 
 
 def plain(name: str) -> str:

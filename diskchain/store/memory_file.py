@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +80,12 @@ def open_verified(path: Path, size: int, sha256: str) -> int:
     before it sees one byte. Raise MemoryDamaged.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not hang us
     except OSError as error:
         raise MemoryDamaged(f"the memory file can't be opened: {error.strerror} ({path})", hint=HINT) from error
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise MemoryDamaged(f"the memory file is not a regular file ({path})", hint=HINT)
         header = read_header(fd)
         if not header.complete:
             raise MemoryDamaged(f"the memory file was never finished ({path})", hint=HINT)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ class QemuCase:
         kernel, initrd = (str(p) for p in guest_files())
         self.bases = {t: self.image(t, None) for t in ("vda", "vdb")}
         machine = Machine(
-            name="contract", memory=128 * MiB, uuid="11111111-2222-3333-4444-555555555555", accel="tcg",
+            name="contract", memory=128 * MiB, uuid=str(uuid.uuid4()), accel="tcg",
             machine="pc-q35-7.2", kernel=kernel, initrd=initrd, append="console=ttyS0 quiet dc=cnt,tick",
             disks=tuple(DiskSpec(t, str(i.path), "qcow2") for t, i in self.bases.items()),
             nets=(NetSpec(mac="52:54:00:00:00:01"),),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import stat
+import struct
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -103,8 +105,12 @@ class SmallDisk:
         with self.file.open("wb") as file:
             file.truncate(size)
         _do("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(self.file))
-        _do("mount", "-o", "loop", str(self.file), str(self.path))
+        self.mount()
         shutil.rmtree(self.path / "lost+found")
+
+    def mount(self) -> None:
+        """Mount it."""
+        _do("mount", "-o", "loop", str(self.file), str(self.path))
 
     def fill(self) -> None:
         """Use up every block and the last byte."""
@@ -124,13 +130,25 @@ class SmallDisk:
         """Mount it `ro` or `rw`."""
         _do("mount", "-o", f"remount,{how}", str(self.path))
 
-    def close(self) -> None:
-        """Unmount and remove it; somebody's last look may still hold it for a moment."""
+    def emergency(self) -> None:
+        """Make it read-only under whoever is writing (sysrq-u for one filesystem: the ext4 shutdown ioctl)."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, _EXT4_IOC_SHUTDOWN, struct.pack("I", 0))
+        finally:
+            os.close(fd)
+
+    def close(self, *, keep: bool = False) -> None:
+        """Unmount it, and remove it unless it is to be kept; somebody's last look may still hold it for a moment."""
         end = time.monotonic() + 10
         while subprocess.run(["umount", str(self.path)], capture_output=True, check=False).returncode:
             assert time.monotonic() < end, "the small disk can't be unmounted"
             time.sleep(0.1)
-        self.file.unlink()
+        if not keep:
+            self.file.unlink()
+
+
+_EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32); 0 = flush everything first
 
 
 def _do(*argv: str) -> None:

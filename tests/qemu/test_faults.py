@@ -1,0 +1,83 @@
+"""ENOSPC and EIO at every named step of create, revert and delete: a documented end, and `recover` puts it right."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.refusals import KiB, check_error
+from tests.support.rig import MiB, Rig
+
+CASES = {
+    "create": (("create", "vm", "s3"), {"now"}, "s3", 13),
+    "revert": (("revert", "vm", "s1", "-y"), {"now", "s1"}, "before-revert-1", 16),
+    "revert-discard": (("revert", "vm", "s1", "--discard", "-y"), {"now", "s1"}, "", 16),
+    "delete": (("delete", "vm", "s1", "-y"), {"now"}, "s1", 16),
+}
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Path]]:
+    """s1 - s2 - (now) on one disk, and a copy of it all."""
+    rig = Rig(tmp_path_factory.mktemp("faults") / "vm", targets=("vda",), size=2 * MiB)
+    rig.build(guest=False)
+    for number, name in enumerate(("s1", "s2", "now"), 1):
+        rig.write(number, number * 256 * KiB, 512 * KiB)
+        rig.remember(name)
+        if name != "now":
+            rig.ok("create", "vm", name)
+    rig.expected["s3"] = rig.expected["before-revert-1"] = rig.expected["now"]
+    template = rig.save_template()
+    yield rig, template
+    rig.destroy()
+    shutil.rmtree(template)
+
+
+def judge(rig: Rig, presents: set[str], new: str) -> list[str]:
+    """What is wrong: contents, files; whether it is wholly done or wholly undone."""
+    active = rig.digest(rig.active()["vda"])
+    now = [name for name in presents if rig.expected[name]["vda"] == active]
+    if not now:
+        return ["the present is none of those that it may be"]
+    wrong = rig.verdict(present=now[0])
+    if new == "before-revert-1" and (now[0] == "s1") != (new in rig.snapshots()):
+        wrong.append("half done: the present of before is not kept")
+    return wrong
+
+
+@pytest.mark.parametrize("action", ["full", "fail"])
+@pytest.mark.parametrize("name", CASES)
+def test_error_at_every_step_ends_documented_and_recover_puts_it_right(
+    line: tuple[Rig, Path], name: str, action: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the command, before `recover`, no state is damaged; after it everything is whole and the journal empty."""
+    rig, template = line
+    args, presents, new, at_least = CASES[name]
+    rig.restore_template(template)
+    points = rig.points(*args)
+    ends: dict[int, int] = {}
+    wrong = []
+    for point in points:
+        rig.restore_template(template)
+        answer = rig.run("--json", *args, fault=f"{action}:{point}")
+        ends[answer.code] = ends.get(answer.code, 0) + 1
+        try:
+            if answer.code:
+                check_error(answer, code=(1, 3, 7), what=point)
+            if answer.code != 3 and rig.journal():
+                wrong.append(f"{point}: exit {answer.code} with an open journal")
+            if answer.code in (1, 7) and rig.digest(rig.active()["vda"]) != rig.expected["now"]["vda"]:
+                wrong.append(f"{point}: exit {answer.code}, but the present changed")
+            if answer.code == 3:
+                rig.ok("recover", "vm")
+        except AssertionError as error:
+            wrong.append(f"{point}: {error}")
+            continue
+        wrong += [f"{point}: exit {answer.code}: {w}" for w in judge(rig, presents, new)]
+    with capsys.disabled():
+        print(f" [{len(points)} points, ends {ends}]", end="")
+    assert not wrong, "\n".join(wrong)
+    assert len(points) >= at_least
