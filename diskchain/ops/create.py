@@ -26,16 +26,15 @@ from diskchain.chain.text import size
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import BadName, ChainDamaged, DiskchainError, MemoryNotSaved, NoSpace, Refused
 from diskchain.host import files
-from diskchain.host.fault import point
 from diskchain.host.process import uninterrupted
-from diskchain.ops import layers, save_memory
+from diskchain.ops import create_pause, layers, save_memory
+from diskchain.ops.create_rest import note_frozen, resolve_prepared, undo
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM, new_id, now_utc
 from diskchain.store import journal
 from diskchain.store.journal import Entry
 
 METADATA = 4 * MiB  # an empty overlay and its first tables
-PAUSE_LIMIT = 9.0  # seconds until the watchdog lets the VM go on: the guest runs again within 10
 
 
 @dataclass(frozen=True)
@@ -231,14 +230,15 @@ async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | Non
         entry.advance("prepared")
         _name_overlays(vm, prepared)
         return _note_switched(vm, entry, prepared.snapshot, None, "")
-    limit = None if prepared.save == "paused" else PAUSE_LIMIT
+    limit = None if prepared.save == "paused" else create_pause.LIMIT
     async with vm.driver.pause_guard(limit=limit) as guard:
         await vm.driver.prepare_disks(prepared.overlays)
         if memory_fd is not None:
             await vm.driver.prepare_memory_save(memory_fd, background=prepared.save == "background")
         entry.advance("prepared")
         _name_overlays(vm, prepared)
-        pause = _Pause(vm, guard, prepared)
+        ran = prepared.state is VMState.RUNNING
+        pause = create_pause.Pause(vm.driver, guard, prepared.overlays, save=prepared.save, ran=ran)
         await uninterrupted(pause.run())
         snapshot = replace(prepared.snapshot, pause_ms=pause.milliseconds)
         return _note_switched(vm, entry, snapshot, pause.captured, pause.why)
@@ -250,66 +250,12 @@ def _name_overlays(vm: VM, prepared: Prepared) -> None:
     vm.save(catalog.switched_to(prepared.overlays, prepared.snapshot.id))
 
 
-class _Pause:
-    """The pause itself: nothing happens in it that can be done before or after; no file is made, nothing is synced."""
-
-    def __init__(self, vm: VM, guard: Any, prepared: Prepared) -> None:
-        self.vm, self.guard, self.prepared = vm, guard, prepared
-        self.milliseconds: float | None = None
-        self.captured: bool | None = None  # None: no memory was asked for
-        self.why = ""
-
-    async def run(self) -> None:
-        """Stop, switch, capture, resume. Whatever happens, a VM that ran runs again."""
-        driver, ran = self.vm.driver, self.prepared.state is VMState.RUNNING
-        began = time.perf_counter()
-        if ran:
-            self.guard.arm()
-        try:
-            if ran:
-                await driver.pause()
-            point("create.paused")
-            await driver.switch_disks(self.prepared.overlays)
-            point("create.disks-switched")
-            if self.prepared.save != "never":
-                await self._capture()
-            point("create.captured")
-        finally:
-            if ran:
-                await driver.resume()
-        self.milliseconds = round((time.perf_counter() - began) * 1000, 3) if ran else None
-        point("create.resumed")
-        if ran:
-            self.guard.disarm()
-
-    async def _capture(self) -> None:
-        background = self.prepared.save == "background"
-        try:
-            await self.vm.driver.start_memory_save(background=background)
-            while not background and (await self.vm.driver.save_progress()).status == "running":
-                await asyncio.sleep(0.01)
-        except (MemoryNotSaved, asyncio.CancelledError) as error:
-            self.captured, self.why = False, str(error) or "interrupted"
-            return
-        self.captured = not self.guard.fired()
-        if self.guard.fired():
-            self.why = "the watchdog resumed the VM before its memory was captured"
-
-
 def _note_switched(vm: VM, entry: Entry, snapshot: Snapshot, captured: bool | None, why: str) -> Snapshot:
     """Past the point of no return: journal, then fingerprints of what is frozen now, then the catalog."""
     if captured is False:
         snapshot = replace(snapshot, memory=Memory("failed", reason=why))
     entry.advance("saving" if captured else "switched", pause_ms=snapshot.pause_ms, reason=why, captured_at=time.time())
     return note_frozen(vm, snapshot)
-
-
-def note_frozen(vm: VM, snapshot: Snapshot) -> Snapshot:
-    """Write the snapshot as made, with fingerprints of the images it froze. Can be repeated."""
-    snapshot = replace(snapshot, creating=False)
-    catalog = layers.freeze(vm.catalog.with_snapshot(snapshot), snapshot.disks.values())
-    vm.save(catalog)
-    return snapshot
 
 
 def _warn_of_pause(snapshot: Snapshot, request: Request, progress: Progress) -> None:
@@ -350,115 +296,3 @@ async def _cont_and_stop(vm: VM, snapshot: Snapshot) -> None:
     await vm.driver.resume()
     if snapshot.was == "paused":
         await vm.driver.pause()
-
-
-# -- when it was interrupted around the pause -------------------------------------------------------------------------
-
-
-async def resolve_prepared(vm: VM, entry: Entry, progress: Progress) -> tuple[str, str]:
-    """From `prepared`, not knowing more: ask a running QEMU; without one the overlays may hold guest writes (forward).
-
-    Return `undone` or `finished`, and a note.
-    """
-    named = entry.data["snapshot"] in vm.catalog.snapshots
-    switched = await _switched(vm, entry)
-    if switched is False or (switched is None and not named):
-        await undo(vm, entry)
-        await _let_run(vm, entry)
-        return "undone", "the VM's disks were not switched"
-    await _wait_for_stray_save(vm, entry, progress)
-    await _let_run(vm, entry)
-    snapshot = note_frozen(vm, vm.catalog.snapshots[entry.data["snapshot"]])
-    if snapshot.memory.status == "saving":
-        return without_memory(vm, entry, "interrupted while the VM was paused")
-    entry.close()
-    return "finished", "the VM's disks were switched"
-
-
-def without_memory(vm: VM, entry: Entry, why: str) -> tuple[str, str]:
-    """The snapshot stays, as a disk snapshot; the reason is kept with it."""
-    snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
-    files.unlink_durably(save_memory.part_of(vm.home, snapshot.id))
-    vm.save(vm.catalog.with_snapshot(replace(snapshot, memory=Memory("failed", reason=why))))
-    entry.close()
-    return "finished", f"without memory: {why}"
-
-
-async def _switched(vm: VM, entry: Entry) -> bool | None:
-    """Whether the running VM is on the new overlays; None when no VM runs. Raise ChainDamaged when it is mixed."""
-    if (await vm.driver.state()).is_off:
-        return None
-    active = await vm.driver.active_files()
-    new = {t: image.path for t, image in planned_overlays(vm, entry).items()}
-    count = sum(active.get(t) == path for t, path in new.items())
-    if 0 < count < len(new):
-        raise ChainDamaged(f"{count} of {len(new)} disks of {vm.name} were switched; that can't be",
-                           hint="stop the VM and keep every file")  # fmt: skip
-    return count > 0
-
-
-async def _wait_for_stray_save(vm: VM, entry: Entry, progress: Progress) -> None:
-    """A save whose instant is not certain is of no use, but QEMU < 10 must not be told to cancel it."""
-    if entry.data["save"] == "never" or (await vm.driver.state()).is_off:
-        return
-    if vm.driver.save_owner() == entry.data["owner"]:
-        await save_memory.wait_until_over(vm, progress)
-        await vm.driver.end_memory_save()
-
-
-async def _let_run(vm: VM, entry: Entry) -> None:
-    """A VM that ran before the pause runs again (the watchdog did that already, unless it was killed too)."""
-    if entry.data["was"] == "running" and await vm.driver.state() is VMState.PAUSED:
-        await vm.driver.resume()
-
-
-# -- undo --------------------------------------------------------------------------------------------------------------
-
-
-async def undo(vm: VM, entry: Entry) -> None:
-    """Take back a create that has not switched any disk: definition first, then the overlays that hold no data."""
-    overlays = planned_overlays(vm, entry)
-    if await vm.driver.state() is not VMState.STOPPED:
-        await vm.driver.forget_prepared(overlays)
-        await vm.driver.end_memory_save()
-    vm.reload()
-    vm.save(without(vm.catalog, entry))
-    for image in overlays.values():
-        if image.path.exists():
-            if not layers.is_empty(image.path):
-                raise ChainDamaged(
-                    f"{image.path} holds data, though no VM ever wrote to it", hint="keep it, and look who wrote to it"
-                )
-            files.unlink_durably(image.path)
-    remove_snapshot_dir(vm, entry.data["snapshot"])
-    entry.close()
-
-
-def without(catalog: Catalog, entry: Entry) -> Catalog:
-    """Return the catalog without anything of this create. Can be repeated."""
-    gone = entry.data["snapshot"]
-    ids = {o["id"] for o in entry.data["overlays"].values()}
-    snapshots = {k: s for k, s in catalog.snapshots.items() if k != gone}
-    return replace(catalog.without_images(ids), snapshots=snapshots, active=dict(entry.data["before"]),
-                   current=entry.data["parent"])  # fmt: skip
-
-
-def planned_overlays(vm: VM, entry: Entry) -> dict[str, Image]:
-    """Return the overlays of a journalled create."""
-    return {
-        target: Image(
-            o["id"], vm.home.disks_dir / o["path"], "qcow2", target, 0, entry.data["before"][target], ours=True
-        )
-        for target, o in entry.data["overlays"].items()
-    }
-
-
-def remove_snapshot_dir(vm: VM, snapshot_id: str) -> None:
-    """Remove a snapshot's directory and the files that we put there. Can be repeated."""
-    directory = vm.home.snapshot_dir(snapshot_id)
-    if directory.is_dir():
-        with files.os_errors(directory, "remove"):
-            for path in directory.iterdir():
-                path.unlink()
-            directory.rmdir()
-        files.fsync_dir(directory.parent)

@@ -25,10 +25,9 @@ from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
 from diskchain.ops import layers, merge, sharers
 from diskchain.ops.approve import approve_chain
-from diskchain.ops.create import remove_snapshot_dir
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET, Progress
-from diskchain.ops.vm import VM, now_utc
+from diskchain.ops.vm import VM, now_utc, remove_snapshot_dir
 from diskchain.store import journal
 from diskchain.store.journal import Entry
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from diskchain.chain.allocation import hidden_bytes
-from diskchain.chain.machine import parse_machine_file
 from diskchain.chain.model import Catalog, Image, Snapshot
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.config import load_config
 from diskchain.drivers.machines import Machines, Registered
-from diskchain.errors import BadMachineFile, DiskchainError, NotFound
+from diskchain.errors import DiskchainError
 from diskchain.host import files, locks
 from diskchain.ops.allocation import allocated, raw_extents
+from diskchain.ops.machine import parse
 from diskchain.ops.vm import VM, Host
 from diskchain.store import catalog as catalog_store
 from diskchain.store import journal
@@ -319,13 +319,7 @@ def _disk(spec: dict[str, Any], catalog: Catalog | None) -> dict[str, Any]:
 
 def plan_define(file: Path) -> Plan:
     """Return what `machine define` would define, read from the file alone. Raise NotFound, BadMachineFile."""
-    try:
-        text = file.read_text()
-    except FileNotFoundError:
-        raise NotFound(f"{file} does not exist", hint="docs/machine-file.md shows one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadMachineFile(f"{file} can't be read: {error}") from None
-    machine = parse_machine_file(text, str(file))
+    machine = parse(file)
     steps = [f"define it with {size(machine.memory)} of memory and {machine.cpus} CPUs"]
     steps += [f"{disk.target}: {file.parent / disk.image}" for disk in machine.disks]
     return Plan(f"{machine.name}: define", tuple(steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import uuid as uuid_module
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ async def define(host: Host, file: Path) -> Defined:
     Raise BadMachineFile naming key and line; NotFound, HostileImage for its images; Refused when an image belongs to
     another VM, or is a lower layer of a chain.
     """
-    machine = with_absolute_paths(_parse(file), file.parent.absolute())
+    machine = with_absolute_paths(parse(file), file.parent.absolute())
     known = _known(host.machines, machine.name)
     disks = [_with_format(file, d) for d in machine.disks]
     roots = [*host.config.image_roots, file.parent.resolve(), *(Path(d.image).parent for d in disks)]
@@ -67,14 +68,21 @@ async def define(host: Host, file: Path) -> Defined:
     return Defined(machine, home.path, known is not None)
 
 
-def _parse(file: Path) -> Machine:
+def parse(file: Path) -> Machine:
+    """Return what a machine file says. Raise NotFound, BadMachineFile; a FIFO or a device is none and is not opened."""
     try:
-        text = file.read_text()
-    except FileNotFoundError:
+        with open(files.open_untrusted(_real(file)), encoding="utf-8") as opened:
+            text = opened.read()
+    except NotFound:
         raise NotFound(f"{file} does not exist", hint="docs/machine-file.md shows one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadMachineFile(f"{file} can't be read: {error}") from None
+    except (DiskchainError, OSError, UnicodeDecodeError) as error:
+        raise BadMachineFile(f"{file} can't be read: {error}", hint="docs/machine-file.md shows one") from None
     return parse_machine_file(text, str(file))
+
+
+def _real(path: Path) -> Path:
+    """Symlinks resolved as far as they can be (Path.resolve raises RuntimeError for a loop)."""
+    return Path(os.path.realpath(path))
 
 
 def _known(machines: Machines, name: str) -> Registered | None:
@@ -91,12 +99,12 @@ def _with_format(file: Path, disk: DiskSpec) -> DiskSpec:
     if not fmt:
         raise BadMachineFile(f'{file}: {disk.target}: the format of {path.name} is not clear from its name',
                              hint=f'add format = "qcow2" or format = "raw" to [[disk]] {disk.target}')  # fmt: skip
-    fd = files.open_untrusted(path.resolve())
+    fd = files.open_untrusted(_real(path))
     with open(fd, "rb") as opened:
         is_qcow2 = opened.read(4) == b"QFI\xfb"
     if fmt == "raw" and is_qcow2 and not disk.fmt:
         raise HostileImage(f"{path} is named raw but begins like qcow2", hint='add format = "..." if you are sure')
-    return replace(disk, image=str(path.resolve()), fmt=fmt)
+    return replace(disk, image=str(_real(path)), fmt=fmt)
 
 
 def _approved(path: Path, fmt: str, roots: list[Path]) -> list[ApprovedImage]:

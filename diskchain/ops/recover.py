@@ -12,7 +12,7 @@ from diskchain.drivers.machines import Machines
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import RecordDamaged, Refused, Unfinished
 from diskchain.host import files
-from diskchain.ops import create, delete, layers, revert, save_memory
+from diskchain.ops import create, create_rest, delete, layers, revert, save_memory
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM
 from diskchain.store import journal
@@ -61,25 +61,25 @@ def sweep(vm: VM) -> None:
 
 async def _create(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: bool) -> tuple[str, str]:
     if entry.state == "intent":
-        await create.undo(vm, entry)
+        await create_rest.undo(vm, entry)
         return "undone", "the VM's disks were not switched"
     if entry.state == "prepared":
-        return await create.resolve_prepared(vm, entry, progress)
+        return await create_rest.resolve_prepared(vm, entry, progress)
     if undo:
         raise Refused(
             "the disks were switched; the snapshot exists", hint=f"diskchain recover {vm.name}, then delete it"
         )
     snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
-    snapshot = create.note_frozen(vm, replace(snapshot, pause_ms=entry.data.get("pause_ms")))
+    snapshot = create_rest.note_frozen(vm, replace(snapshot, pause_ms=entry.data.get("pause_ms")))
     if entry.state == "saved":
         memory = await save_memory.seal(vm.home, snapshot.id, 0.0)
         vm.save(vm.catalog.with_snapshot(replace(snapshot, memory=memory, consistency="memory")))
         entry.close()
         return "finished", "its memory is saved"
     if entry.state == "saving" and vm.driver.save_owner() != entry.data["owner"]:
-        return create.without_memory(vm, entry, "the VM ended before its memory was saved")
+        return create_rest.without_memory(vm, entry, "the VM ended before its memory was saved")
     if entry.state == "switched" and snapshot.memory.status == "saving":
-        return create.without_memory(vm, entry, entry.data.get("reason") or "interrupted")
+        return create_rest.without_memory(vm, entry, entry.data.get("reason") or "interrupted")
     snapshot = await create.finish(vm, entry, snapshot, progress)
     return "finished", f"memory: {snapshot.memory.status}"
 

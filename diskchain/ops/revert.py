@@ -11,65 +11,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import json
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from diskchain.chain.model import Catalog, Image, Memory, Snapshot, snapshot_name
-from diskchain.chain.plan import Plan
-from diskchain.chain.text import size
+from diskchain.chain.model import Catalog, Image, Memory, Snapshot
 from diskchain.drivers.protocol import Definition, VMState
 from diskchain.errors import (
-    BadName,
-    ChainDamaged,
     DiskchainError,
     DriverFailed,
-    HostileImage,
-    NoSpace,
-    NotFound,
-    Refused,
     Unfinished,
 )
 from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.ops import layers, save_memory
-from diskchain.ops.create import METADATA, remove_snapshot_dir
 from diskchain.ops.progress import QUIET, Progress
-from diskchain.ops.vm import VM, new_id, now_utc
+from diskchain.ops.revert_plan import Prepared, Request, prepare, undo_target
+from diskchain.ops.vm import VM, new_id, now_utc, remove_snapshot_dir
 from diskchain.store import journal, memory_file
 from diskchain.store.journal import Entry
 
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for. `power`: start, paused, stopped, or "" = as the snapshot was."""
-
-    name: str
-    keep_as: str = ""
-    discard: bool = False
-    keep_memory: bool = False
-    cold: bool = False
-    power: str = ""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is decided before anything changes."""
-
-    snapshot: Snapshot
-    overlays: dict[str, Image]
-    state: VMState
-    keep: Snapshot | None
-    with_memory: bool
-    power: str  # running | paused | stopped
-    definition: Definition
-    plan: Plan
-    changes: list[str]
+__all__ = ["Prepared", "Request", "Reverted", "finish", "prepare", "resume_load", "revert", "undo", "undo_target"]
 
 
 @dataclass(frozen=True)
@@ -81,124 +46,6 @@ class Reverted:
     state: str
     config_changes: list[str]
     seconds: float
-
-
-def undo_target(vm: VM) -> str:
-    """Return the snapshot that `undo` goes back to. Raise NotFound when there is none."""
-    left = vm.catalog.left
-    if left is None or left not in vm.catalog.snapshots:
-        raise NotFound(f"there is nothing to undo on {vm.name}",
-                       hint="only a revert that kept the present can be undone; see: diskchain list")  # fmt: skip
-    return vm.catalog.snapshots[left].name
-
-
-async def prepare(vm: VM, request: Request) -> Prepared:
-    """Look at everything that could stand in the way, and return what `revert` would do. Changes nothing.
-
-    Raise NotFound, BadName, ChainDamaged, HostileImage, MemoryDamaged, Refused, NoSpace.
-    """
-    snapshot = vm.catalog.find(request.name)
-    state = await vm.driver.state()
-    with_memory = snapshot.memory.saved and not request.cold
-    for image_id in snapshot.disks.values():
-        await asyncio.to_thread(layers.verify_chain, vm.catalog, image_id)
-    if not request.discard:
-        await asyncio.to_thread(_verify_present, vm.catalog, snapshot.name)
-    if state.is_off:
-        layers.refuse_foreign_writers(vm.catalog)
-    definition = read_definition(vm, snapshot)
-    missing = vm.driver.missing_files(definition)
-    if missing:
-        raise Refused(f"the configuration of {snapshot.name!r} can't start: {'; '.join(missing)}",
-                      hint="bring the files back")  # fmt: skip
-    keep = None if request.discard else _keep(vm.catalog, request, state)
-    overlays = layers.plan_overlays(vm.catalog, snapshot.disks)
-    _check_space(vm, overlays, keep)
-    power = request.power.replace("start", "running") or _usual_power(snapshot, with_memory, state)
-    changes = vm.driver.differences(vm.driver.definition(), definition)
-    plan = _plan(vm, snapshot, state, keep, with_memory, power, changes)
-    return Prepared(snapshot, overlays, state, keep, with_memory, power, definition, plan, changes)
-
-
-def _verify_present(catalog: Catalog, going_to: str) -> None:
-    """The present can be kept only while it is whole. Raise ChainDamaged, HostileImage with the way out."""
-    try:
-        layers.verify_active(catalog)
-    except (ChainDamaged, HostileImage) as error:
-        lost = f"diskchain revert --discard {catalog.name} {going_to}"
-        raise type(error)(error.message, hint=f"bring the right file back; or give the present up: {lost}") from error
-
-
-def read_definition(vm: VM, snapshot: Snapshot) -> Definition:
-    """Return the configuration that a snapshot recorded. Raise ChainDamaged when it is gone."""
-    path = vm.home.snapshot_dir(snapshot.id) / "machine.json"
-    try:
-        return Definition(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ChainDamaged(f"the configuration of snapshot {snapshot.name!r} can't be read: {path}",
-                           hint="bring it back from a backup; its disks are listed in RECOVER.txt") from error  # fmt: skip
-
-
-def _keep(catalog: Catalog, request: Request, state: VMState) -> Snapshot:
-    names = {s.name for s in catalog.snapshots.values()}
-    number = catalog.keeps + 1
-    while not request.keep_as and f"before-revert-{number}" in names:
-        number += 1
-    name = snapshot_name(request.keep_as) if request.keep_as else f"before-revert-{number}"
-    if name in names:
-        raise BadName(f"{catalog.name} has a snapshot {name!r} already", hint="choose another --keep-as")
-    memory = Memory("saving") if request.keep_memory and not state.is_off else Memory()
-    return Snapshot(
-        id=new_id(), name=name, created=now_utc(), parent=catalog.current, disks=dict(catalog.active),
-        description=f"the present before going back to {request.name}", automatic=not request.keep_as,
-        consistency="off" if state.is_off else "crash", was=state.value, by=getpass.getuser(), memory=memory,
-    )  # fmt: skip
-
-
-def _check_space(vm: VM, overlays: dict[str, Image], keep: Snapshot | None) -> None:
-    need = METADATA * len(overlays)
-    if keep and keep.memory.status == "saving":
-        need += save_memory.space_for(vm.driver.memory_bytes())
-    free = files.free_bytes(vm.home.path)
-    if free < need:
-        raise NoSpace(f"{size(need)} are needed beside the disks of {vm.name}, {size(free)} are free",
-                      hint="free space" + (", or leave --keep-memory away" if need > 1 << 30 else ""))  # fmt: skip
-
-
-def _usual_power(snapshot: Snapshot, with_memory: bool, state: VMState) -> str:
-    if with_memory:
-        return "paused" if snapshot.was == "paused" else "running"
-    return {VMState.STOPPED: "stopped", VMState.PAUSED: "paused"}.get(state, "running")
-
-
-def _plan(vm: VM, snapshot: Snapshot, state: VMState, keep: Snapshot | None, with_memory: bool, power: str,
-          changes: list[str]) -> Plan:  # fmt: skip
-    source = f"memory of {snapshot.created}" if with_memory else "its disks" if power != "stopped" else ""
-    steps = [f"{state.value}" + (" -> stopped (not shut down)" if not state.is_off else "") + f" -> {power}"
-             + (f" from {source}" if source else "")]  # fmt: skip
-    lost = []
-    written = sum(_allocated(vm.catalog.images[i].path) for i in vm.catalog.active.values())
-    if keep is None:
-        lost.append(f"the present ({size(written)} of writes) is discarded")
-    elif keep.memory.status == "saving":
-        steps.append(f"the present is kept as {keep.name}, with its memory")
-    else:
-        steps.append(f"the present ({size(written)} of writes since) is kept as {keep.name}, disk only, 0 extra bytes")
-        if not state.is_off:
-            lost.append("the programs that run now (the kept present is like after a power cut)")
-    if changes:
-        steps.append("configuration goes back: " + "; ".join(changes))
-    return Plan(f"{vm.name}: revert to {snapshot.name!r}", tuple(steps), space_needed=METADATA * len(snapshot.disks),
-                downtime_estimate_s=2.0 if not state.is_off else 0.0, lost=tuple(lost),
-                point_of_no_return="when the VM runs on the new overlays")  # fmt: skip
-
-
-def _allocated(path: Path) -> int:
-    """What a layer takes; nothing when it is gone (a lost present can be left with --discard)."""
-    try:
-        return files.allocated_bytes(path)
-    except NotFound:
-        return 0
 
 
 async def revert(vm: VM, request: Request, progress: Progress = QUIET) -> Reverted:

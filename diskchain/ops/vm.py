@@ -14,6 +14,7 @@ from diskchain.drivers.machines import Machines
 from diskchain.drivers.protocol import Driver
 from diskchain.drivers.qemu import QemuDriver
 from diskchain.errors import ChainDamaged, DiskchainError, NotFound, Unfinished
+from diskchain.host import files
 from diskchain.host.locks import vm_lock
 from diskchain.store import catalog as catalog_store
 from diskchain.store import journal
@@ -145,3 +146,14 @@ def refuse_unfinished(vm: VM) -> None:
 def console_of(driver: Driver) -> Path | None:
     """Return the console log of an embedded machine."""
     return driver.home / "console.log" if isinstance(driver, QemuDriver) else None
+
+
+def remove_snapshot_dir(vm: VM, snapshot_id: str) -> None:
+    """Remove a snapshot's directory and the files that we put there. Can be repeated."""
+    directory = vm.home.snapshot_dir(snapshot_id)
+    if directory.is_dir():
+        with files.os_errors(directory, "remove"):
+            for path in directory.iterdir():
+                path.unlink()
+            directory.rmdir()
+        files.fsync_dir(directory.parent)

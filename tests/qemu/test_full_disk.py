@@ -103,7 +103,7 @@ def test_disk_fills_up_during_create_and_revert_they_are_undone(small: Small) ->
     rig, disk = small
     for args in (("create", "vm", "s4"), ("revert", "vm", "s2", "-y")):
         process = rig.popen("--json", *args, fault=f"stop:{args[0]}.intent.after")
-        wait_for(lambda p=process: process_state(p.pid) in ("T", "t"), "it stands at the point")  # type: ignore[misc]
+        wait_for(lambda p=process: process_state(p.pid) in ("T", "t"), "it stands at the point")
         disk.fill()
         os.kill(process.pid, signal.SIGCONT)
         out, err = process.communicate(timeout=60)

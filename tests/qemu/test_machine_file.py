@@ -59,6 +59,7 @@ def test_wrong_key_or_value_is_named_with_its_line(fresh: Rig) -> None:
     refused(fresh, "machine", "define", str(fresh.dir), code=2)
     os.mkfifo(fresh.dir / "fifo.toml")
     refused(fresh, "machine", "define", str(fresh.dir / "fifo.toml"), code=2)
+    refused(fresh, "machine", "define", str(fresh.dir / "fifo.toml"), "-n", code=2)
     assert fresh.ok("machine", "list", "--json").json["machines"] == []
 
 
@@ -68,6 +69,7 @@ def test_image_that_is_none_is_refused(fresh: Rig) -> None:
     os.mkfifo(fresh.dir / "fifo.qcow2")
     (fresh.dir / "null.raw").symlink_to("/dev/null")
     (fresh.dir / "empty.qcow2").touch()
+    (fresh.dir / "loop.qcow2").symlink_to("loop.qcow2")
     shutil.copy(fresh.dir / "good.qcow2", fresh.dir / "looks.raw")
     for name, backing, fmt in (("shadow", "/etc/shadow", "raw"), ("pipe", "fifo.qcow2", "raw"),
                                ("folder", "dir.qcow2", "qcow2"), ("json", "json:{}", "raw"),
@@ -76,14 +78,14 @@ def test_image_that_is_none_is_refused(fresh: Rig) -> None:
         Rig.qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", fmt, path, "8M")
     codes = {"missing.qcow2": 4, "dir.qcow2": 6, "fifo.qcow2": 6, "null.raw": 6, "empty.qcow2": 8, "looks.raw": 6,
              "shadow.qcow2": 6, "pipe.qcow2": 6, "folder.qcow2": 6, "json.qcow2": 6, "nbd.qcow2": 6,
-             "self.qcow2": 6}  # fmt: skip
+             "self.qcow2": 6, "loop.qcow2": 6}  # fmt: skip
     for image, code in codes.items():
         file = machine_file(fresh, image)
         with unchanged(fresh):
             refused(fresh, "machine", "define", file, code=code)
-    with unchanged(fresh):
-        refused(fresh, "machine", "define", machine_file(fresh, "noformat.img"), code=2, says="format")
-        refused(fresh, "machine", "define", machine_file(fresh, "good.qcow2", "good.qcow2"), code=2, says="two disks")
+    refused(fresh, "machine", "define", machine_file(fresh, "noformat.img"), code=2, says="format")
+    refused(fresh, "machine", "define", machine_file(fresh, "good.qcow2", "good.qcow2"), code=2, says="two disks")
+    assert not list(fresh.dir.glob(".diskchain/*/catalog.json"))
     fresh.ok("machine", "define", machine_file(fresh, "good.qcow2"))
 
 
@@ -142,6 +144,7 @@ def test_layer_of_an_undefined_machine_is_refused_as_a_disk_of_a_new_one(tree: R
         file = machine_file(tree, *images, head=head)
         with unchanged(tree):
             refused(tree, "machine", "define", file, code=6)
+    (tree.dir / "own.qcow2").unlink()
     tree.ok("machine", "define", str(tree.dir / "vm.toml"))
     assert tree.verdict(present="now") == []
     tree.ok("create", "vm", "x")
