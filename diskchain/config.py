@@ -39,6 +39,7 @@ class Config:
     # where backing files may lie besides the directories of a VM's own disks and machine file; an image that names
     # something else (/etc/shadow) is refused, or its guest could read it
     image_roots: tuple[Path, ...] = (Path("/var/lib/libvirt/images"), Path("/srv"))
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what @NAME means: names and patterns of VMs
 
 
 def _usual_dirs(env: Mapping[str, str]) -> dict[str, Any]:
@@ -92,9 +93,20 @@ def _merged(config: Config, data: Mapping[str, Any], file: Path) -> Config:
                 _known(name, (f.name for f in fields(now)), file, f"{key}.{name}")
                 now = replace(now, **{name: _typed(getattr(now, name), item, file, f"{key}.{name}")})
             config = replace(config, **{key: now})  # type: ignore[arg-type]
+        elif key == "groups":
+            config = replace(config, groups={**config.groups, **_groups(value, file)})
         else:
             config = replace(config, **{key: _typed(now, value, file, key)})
     return config
+
+
+def _groups(value: Any, file: Path) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{file}: groups is a table: [groups]")
+    for name, items in value.items():
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise UsageError(f"{file}: groups.{name} has the wrong type", hint=f'{name} = ["web1", "web*"]')
+    return {name: tuple(items) for name, items in value.items()}
 
 
 def _known(key: str, names: Iterable[str], file: Path, shown: str) -> None:

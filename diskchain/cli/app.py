@@ -20,6 +20,19 @@ from diskchain.chain.text import printable
 from diskchain.errors import DiskchainError
 
 F = TypeVar("F", bound=Callable[..., Any])
+RECORD = "\x1e"  # as in RFC 7464
+
+
+@dataclass
+class Part:
+    """One VM of several. What a command says of it is kept here; who began the whole prints it (see many.py)."""
+
+    vm: str = ""
+    approved: tuple[str, ...] | None = None  # a question was answered with yes; it was about these snapshots
+    until: int | None = None  # we are a process for this VM: end, as after SIGTERM, when this descriptor is closed
+    body: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    error: dict[str, Any] | None = None
 
 
 @dataclass
@@ -36,6 +49,8 @@ class App:
     answered: bool = False  # the JSON object was printed
     interrupted: str = "interrupted"  # what Ctrl-C means now
     warnings: list[str] = field(default_factory=list)
+    part: Part | None = None  # the command works on several VMs, and this is for one of them
+    results: list[dict[str, Any]] = field(default_factory=list)  # of several VMs, so far
 
 
 class Signalled(BaseException):
@@ -157,6 +172,19 @@ def _version() -> str:
         return "(not installed, from its source tree)"
 
 
+def _begin_part(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """--part FD:IDS of our own making (many.py): work on one VM for a process that reads our stdout."""
+    if value is None:
+        return
+    fd, given, ids = value.partition(":")
+    if not fd.isdecimal():
+        raise click.BadParameter("it is for diskchain's own use", ctx=ctx, param=param)
+    os.set_inheritable(int(fd), False)
+    os.dup2(1, 2)  # what we say there is passed on line by line, as it comes
+    approved = tuple(filter(None, ids.split(","))) if given else None
+    ctx.ensure_object(App).part = Part(approved=approved, until=int(fd))
+
+
 @click.group(
     cls=LazyGroup,
     context_settings={
@@ -181,6 +209,7 @@ def _version() -> str:
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
               allow_from_autoenv=False, help="Show the version.")  # fmt: skip
+@click.option("--part", hidden=True, expose_value=False, callback=_begin_part, allow_from_autoenv=False)
 @common
 @click.pass_context
 def root(ctx: click.Context) -> None:
@@ -193,6 +222,8 @@ def main(argv: Sequence[str]) -> int:
     app = App()
     try:
         code = _run(app, list(argv))
+        if app.part:
+            _hand_over(app.part)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -203,8 +234,6 @@ def main(argv: Sequence[str]) -> int:
 def _run(app: App, argv: list[str]) -> int:
     try:
         result = root.main(argv, prog_name="diskchain", standalone_mode=False, obj=app)
-    except DiskchainError as error:
-        return _report(app, error.exit_code, error.kind, error.message, error.hint)
     except click.exceptions.ClickException as error:
         return _report_usage(app, argv, error)
     except click.Abort as error:
@@ -217,10 +246,8 @@ def _run(app: App, argv: list[str]) -> int:
         raise
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except OSError as error:
-        return _report(app, 1, "OSError", _of_the_system(error), "look at dmesg and at that file, then try again")
     except Exception as error:
-        return _report_bug(app, error)
+        return _report(app, *explained(app, error))
     return result if isinstance(result, int) and result else app.exit_code
 
 
@@ -247,20 +274,34 @@ def _of_the_system(error: OSError) -> str:
     return f"{error.filename}: {text}" if error.filename else text
 
 
-def _report_bug(app: App, error: Exception) -> int:
+def explained(app: App, error: Exception) -> tuple[int, str, str, str | None]:
+    """Given an error, return its exit code, kind, message and hint. A bug is shown whole with -vv."""
+    if isinstance(error, DiskchainError):
+        return error.exit_code, error.kind, error.message, error.hint
+    if isinstance(error, OSError):
+        return 1, "OSError", _of_the_system(error), "look at dmesg and at that file, then try again"
     if app.verbose > 1:
         sys.excepthook(type(error), error, error.__traceback__)
-    text = f"{type(error).__name__}: {error}"
-    return _report(app, 1, "Bug", text, "this is a bug; run again with -vv")
+    return 1, "Bug", f"{type(error).__name__}: {error}", "this is a bug; run again with -vv"
+
+
+def _hand_over(part: Part) -> None:
+    """Give the process that started us what it prints: a line that begins with RECORD."""
+    record = {"body": part.body, "lines": part.lines, "error": part.error}
+    sys.stdout.write(f"\n{RECORD}{json.dumps(record)}\n")
 
 
 def _report(app: App, code: int, kind: str, message: str, hint: str | None) -> int:
     """Say what went wrong on stderr; with --json on stdout too, unless the answer is there already."""
+    if app.part:
+        app.part.error = error_json(code, kind, message, hint)
+        return code
     for line in error_lines(message, hint):
         click.echo(_coloured(app, line), err=True)
     if app.json and not app.answered:
         app.answered = True
-        click.echo(json.dumps({"schema": 1, "error": error_json(code, kind, message, hint)}))
+        so_far = {"results": app.results} if app.results else {}
+        click.echo(json.dumps({"schema": 1, **so_far, "error": error_json(code, kind, message, hint)}))
     return code
 
 

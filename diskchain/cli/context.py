@@ -8,7 +8,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from diskchain.cli.app import App, Signalled
 from diskchain.cli.options import no_libvirt
 from diskchain.cli.progress import LineProgress
 from diskchain.config import load_config
-from diskchain.errors import DiskchainError, UsageError
+from diskchain.errors import Busy, DiskchainError, UsageError
 from diskchain.ops import look, recover
 from diskchain.ops.vm import VM, Host
 
@@ -88,12 +88,13 @@ def run_async(coro: Coroutine[Any, Any, T]) -> T:
     app = current()
     if app.verbose:
         level = logging.DEBUG if app.verbose > 1 else logging.INFO
-        logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+        prefix = f"{app.part.vm}: ".replace("%", "%%") if app.part else ""
+        logging.basicConfig(level=level, stream=sys.stderr, format=f"{prefix}%(levelname)s %(name)s: %(message)s")
     with asyncio.Runner() as runner:
-        return runner.run(_until_signalled(coro))
+        return runner.run(_until_signalled(coro, app.part.until if app.part else None))
 
 
-async def _until_signalled(coro: Coroutine[Any, Any, T]) -> T:
+async def _until_signalled(coro: Coroutine[Any, Any, T], until: int | None) -> T:
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task
     got: list[int] = []
@@ -105,6 +106,13 @@ async def _until_signalled(coro: Coroutine[Any, Any, T]) -> T:
     watched = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
     for number in watched:
         loop.add_signal_handler(number, cancel, number)
+
+    def closed(fd: int) -> None:
+        loop.remove_reader(fd)
+        cancel(signal.SIGTERM)
+
+    if until is not None:
+        loop.add_reader(until, closed, until)
     try:
         return await coro
     except asyncio.CancelledError:
@@ -114,11 +122,13 @@ async def _until_signalled(coro: Coroutine[Any, Any, T]) -> T:
     finally:
         for number in watched:
             loop.remove_signal_handler(number)
+        if until is not None:
+            loop.remove_reader(until)
 
 
 def progress(app: App) -> LineProgress:
-    """Return a progress that suits stderr and -q."""
-    return LineProgress(sys.stderr, quiet=app.quiet, warnings=app.warnings)
+    """Return a progress that suits stderr and -q; with several VMs its lines name the VM."""
+    return LineProgress(sys.stderr, quiet=app.quiet, warnings=app.warnings, vm=app.part.vm if app.part else "")
 
 
 # -- saying and asking -------------------------------------------------------------------------------------------------
@@ -126,11 +136,19 @@ def progress(app: App) -> LineProgress:
 
 def answer(app: App, payload: dict[str, Any], lines: Iterable[str]) -> None:
     """Print a command's answer: the JSON object, or the lines (each made safe for a terminal)."""
+    extra = {"warnings": app.warnings} if app.warnings and "warnings" not in payload else {}
+    if app.part:
+        app.part.body, app.part.lines = {**payload, **extra}, list(lines)
+        return
     if app.json:
-        extra = {"warnings": app.warnings} if app.warnings and "warnings" not in payload else {}
         click.echo(json.dumps({"schema": 1, **payload, **extra}))
         app.answered = True
         return
+    print_lines(lines)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines of an answer, each made safe for a terminal."""
     for line in lines:
         click.echo("\t".join(map(printable, line.split("\t"))))
 
@@ -138,6 +156,7 @@ def answer(app: App, payload: dict[str, Any], lines: Iterable[str]) -> None:
 def note(app: App, text: str) -> None:
     """Print a remark on stderr."""
     if not app.quiet:
+        text = render.named(app.part.vm, text) if app.part else text
         click.echo(f"note: {printable(text)}", err=True)
 
 
@@ -146,14 +165,37 @@ def show_plan(app: App, plan: Plan) -> None:
     answer(app, {"plan": plan.to_json()}, render.plan_lines(plan))
 
 
-def confirm(app: App, plan: Plan, question: str, *, yes: bool) -> None:
-    """Print the plan and ask. Raise UsageError where nobody can be asked, DiskchainError when the answer is no."""
-    if yes:
+class Asked(Exception):
+    """A command came to its question about one VM of several."""
+
+    def __init__(self, plan: Plan, question: str, about: tuple[str, ...]) -> None:
+        super().__init__(question)
+        self.plan, self.question, self.about = plan, question, about
+
+
+def confirm(app: App, plan: Plan, question: str, *, yes: bool, about: Sequence[str] = ()) -> None:
+    """Print the plan and ask. Raise UsageError where nobody can be asked, DiskchainError when the answer is no.
+
+    `about` = the ids of the snapshots that the plan destroys or loses. One VM of several: raise Asked; after the
+    question raise Busy when it was about other snapshots.
+    """
+    approved = app.part.approved if app.part else None
+    if approved is not None and approved != tuple(about):
+        raise Busy("the snapshots were changed meanwhile", hint="look again, then try again")
+    if yes or approved is not None:
         return
+    if app.part:
+        raise Asked(plan, question, tuple(about))
+    ask([plan], question)
+
+
+def ask(plans: Sequence[Plan], question: str) -> None:
+    """Print the plans and ask once. Raise UsageError where nobody can be asked, DiskchainError when the answer is no."""
     if not sys.stdin.isatty():
-        raise UsageError(f"{plan.title} needs a confirmation, and no terminal is there to ask",
+        title = plans[0].title + (f" (and {len(plans) - 1} more)" if len(plans) > 1 else "")
+        raise UsageError(f"{title} needs a confirmation, and no terminal is there to ask",
                          hint="add --yes if you are sure (--dry-run shows what would be done)")  # fmt: skip
-    for line in render.plan_lines(plan):
+    for line in (line for plan in plans for line in render.plan_lines(plan)):
         click.echo(printable(line), err=True)
     if not _says_yes(question):
         raise DiskchainError("nothing was changed")

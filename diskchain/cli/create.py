@@ -10,9 +10,9 @@ import click
 
 from diskchain.chain.model import Snapshot, snapshot_name
 from diskchain.chain.text import size
-from diskchain.cli import context
+from diskchain.cli import context, many
 from diskchain.cli.app import App, common, error_json
-from diskchain.cli.options import Duration, changing_options, vm_argument
+from diskchain.cli.options import Duration, changing_options, jobs_option, vms_argument
 from diskchain.errors import Degraded, UsageError
 from diskchain.ops import create as ops
 from diskchain.ops import look
@@ -36,7 +36,7 @@ class CreateCommand(click.Command):
     cls=CreateCommand,
     epilog="Example: diskchain create web1 before-upgrade -d 'before PostgreSQL 17'",
 )
-@vm_argument
+@vms_argument
 @click.argument("name", required=False)
 @click.option("-d", "--description", default="", metavar="TEXT", help="What it is for.")
 @click.option(
@@ -47,6 +47,7 @@ class CreateCommand(click.Command):
 )
 @click.option("--disk-only", is_flag=True, help="Without memory; a revert boots from it as after a power cut.")
 @click.option("--max-pause", type=Duration(), metavar="TIME", help="Warn of a longer pause (default 500ms).")
+@jobs_option
 @changing_options
 @common
 def create(
@@ -56,6 +57,7 @@ def create(
     memory: str | None,
     disk_only: bool,
     max_pause: float | None,
+    jobs: int,
     wait: float | None,
     dry_run: bool,
 ) -> None:
@@ -70,7 +72,8 @@ def create(
     save = "never" if disk_only else memory or BY_CONFIG[settings.memory]
     pause = settings.max_pause if max_pause is None else max_pause
     request = Request("" if name is None else snapshot_name(name), description, save, pause)
-    context.run_async(_plan(app, host, vm, request) if dry_run else _create(app, host, vm, request))
+    work = _plan if dry_run else _create
+    many.on_each(app, host, vm, lambda app, name: work(app, host, name, request), jobs=jobs)
 
 
 async def _plan(app: App, host: Host, name: str, request: Request) -> None:

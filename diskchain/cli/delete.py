@@ -9,9 +9,16 @@ from typing import Any
 import click
 
 from diskchain.chain.plan import Plan, plan_delete
-from diskchain.cli import context, render
+from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common, error_lines
-from diskchain.cli.options import SnapshotName, changing_options, maybe_vm_argument, vm_argument, yes_option
+from diskchain.cli.options import (
+    SnapshotName,
+    changing_options,
+    jobs_option,
+    maybe_vms_argument,
+    vms_argument,
+    yes_option,
+)
 from diskchain.errors import Busy, DiskchainError, HasChildren, VMRunning
 from diskchain.ops import delete as ops
 from diskchain.ops import power
@@ -20,16 +27,23 @@ from diskchain.ops.vm import VM, Host
 
 
 @click.command(epilog="Example: diskchain delete web1 before-upgrade")
-@vm_argument
+@vms_argument
 @click.argument("names", type=SnapshotName(), nargs=-1, required=True, metavar="NAME...")
 @click.option("--restart", is_flag=True, help="Stop the VM by its power button, merge, start it again.")
 @yes_option
+@jobs_option
 @changing_options
 @common
-def delete(vm: str, names: tuple[str, ...], restart: bool, yes: bool, wait: float | None, dry_run: bool) -> None:
+def delete(
+    vm: str, names: tuple[str, ...], restart: bool, yes: bool, jobs: int, wait: float | None, dry_run: bool
+) -> None:
     """Delete snapshots. Their layers are merged; what the VM sees, and every other snapshot, stays as it is."""
     app = context.current()
-    context.run_async(_delete(app, context.open_host(app, wait), vm, names, restart, yes, dry_run))
+    host = context.open_host(app, wait)
+    asks = not (yes or dry_run)
+    many.on_each(
+        app, host, vm, lambda app, name: _delete(app, host, name, names, restart, yes, dry_run), jobs=jobs, asks=asks
+    )
 
 
 async def _delete(
@@ -46,8 +60,8 @@ async def _delete(
         if not (is_on and restart):
             await ops.check(vm, host.machines, deletions)
         plan = _with_power(vm, plan, is_on, restart)
-    context.confirm(app, plan, "Delete?", yes=yes)
     ids = [deletion.snapshot.id for deletion in deletions]
+    context.confirm(app, plan, "Delete?", yes=yes, about=ids)
     async with host.change(name, "delete") as vm:
         merged = await _restarting(app, host, vm, ids) if restart else await _delete_all(app, host, vm, ids)
         _tell(app, vm, [d.snapshot.name for d in deletions], merged)
@@ -97,15 +111,16 @@ def _tell(app: App, vm: VM, names: list[str], merged: list[Merged]) -> None:
 
 
 @click.command(epilog="Example: diskchain merge web1")
-@maybe_vm_argument
+@maybe_vms_argument
+@jobs_option
 @changing_options
 @common
-def merge(vm: str | None, wait: float | None, dry_run: bool) -> None:
+def merge(vm: str | None, jobs: int, wait: float | None, dry_run: bool) -> None:
     """Carry out the pending merges of a stopped VM; without VM those of all stopped VMs."""
     app = context.current()
     host = context.open_host(app, wait)
     if vm is not None:
-        context.run_async(_merge_one(app, host, vm, dry_run))
+        many.on_each(app, host, vm, lambda app, name: _merge_one(app, host, name, dry_run), jobs=jobs)
     else:
         context.run_async(_merge_every(app, host, dry_run))
 

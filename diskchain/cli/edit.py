@@ -9,9 +9,9 @@ import click
 
 from diskchain.chain.model import Snapshot, snapshot_name
 from diskchain.chain.plan import Plan
-from diskchain.cli import context
+from diskchain.cli import context, many
 from diskchain.cli.app import App, common
-from diskchain.cli.options import changing_options, snapshot_argument, vm_argument
+from diskchain.cli.options import changing_options, jobs_option, snapshot_argument, vm_argument, vms_argument
 from diskchain.ops import edit, look
 from diskchain.ops.vm import VM, Host
 
@@ -40,31 +40,50 @@ def describe(vm: str, name: str, text: str, wait: float | None, dry_run: bool) -
 
 
 @click.command(epilog="Example: diskchain protect web1 installed")
-@vm_argument
+@vms_argument
 @snapshot_argument
+@jobs_option
 @changing_options
 @common
-def protect(vm: str, name: str, wait: float | None, dry_run: bool) -> None:
+def protect(vm: str, name: str, jobs: int, wait: float | None, dry_run: bool) -> None:
     """Protect a snapshot against deletion."""
-    _edit(vm, name, "protect", f"{name!r} is protected", wait, dry_run, lambda v: edit.protect(v, name, True))
+    said = f"{name!r} is protected"
+    _edit(vm, name, "protect", said, wait, dry_run, lambda v: edit.protect(v, name, True), jobs)
 
 
 @click.command(epilog="Example: diskchain unprotect web1 installed")
-@vm_argument
+@vms_argument
 @snapshot_argument
+@jobs_option
 @changing_options
 @common
-def unprotect(vm: str, name: str, wait: float | None, dry_run: bool) -> None:
+def unprotect(vm: str, name: str, jobs: int, wait: float | None, dry_run: bool) -> None:
     """Take a snapshot's protection against deletion away."""
-    _edit(vm, name, "unprotect", f"{name!r} can be deleted", wait, dry_run, lambda v: edit.protect(v, name, False))
+    said = f"{name!r} can be deleted"
+    _edit(vm, name, "unprotect", said, wait, dry_run, lambda v: edit.protect(v, name, False), jobs)
 
 
 def _edit(
-    vm: str, name: str, word: str, said: str, wait: float | None, dry_run: bool, act: Callable[[VM], Snapshot]
+    vm: str,
+    name: str,
+    word: str,
+    said: str,
+    wait: float | None,
+    dry_run: bool,
+    act: Callable[[VM], Snapshot],
+    jobs: int | None = None,
 ) -> None:
+    """Change what is written of a snapshot; without `jobs` of one VM only."""
     app = context.current()
     host = context.open_host(app, wait)
-    context.run_async(_plan(app, host, vm, name, word) if dry_run else _carry_out(app, host, vm, word, said, act))
+
+    async def work(app: App, vm: str) -> None:
+        await (_plan(app, host, vm, name, word) if dry_run else _carry_out(app, host, vm, word, said, act))
+
+    if jobs is None:
+        context.run_async(work(app, vm))
+    else:
+        many.on_each(app, host, vm, work, jobs=jobs)
 
 
 async def _plan(app: App, host: Host, name: str, snapshot: str, word: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from diskchain.chain.text import size
-from diskchain.cli import context, render
+from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common, error_lines
-from diskchain.cli.options import maybe_vm_argument, snapshot_argument, vm_argument
+from diskchain.cli.options import maybe_vms_argument, snapshot_argument, vm_argument
 from diskchain.errors import DiskchainError
 from diskchain.ops import look
 from diskchain.ops.look import Listing, Shown
@@ -18,7 +18,7 @@ from diskchain.ops.vm import Host
 
 
 @click.command("list", epilog="Example: diskchain list web1 -H -o NAME,DISK")
-@maybe_vm_argument
+@maybe_vms_argument
 @click.option("-o", "--output", "columns", metavar="COLS", help=f"Columns: {','.join(render.LIST_KNOWN)}.")
 @click.option("-H", "--no-headers", is_flag=True, help="Tabs, exact bytes, no header: for scripts.")
 @common
@@ -33,7 +33,7 @@ def list_(vm: str | None, columns: str | None, no_headers: bool) -> None:
         return render.list_lines(listing, columns)
 
     heading = (lambda listing: []) if no_headers else _heading
-    _show_listings(vm, draw, look.listing_json, heading)
+    _show_listings(vm, draw, look.listing_json, heading, gap=not no_headers)
 
 
 def _heading(listing: Listing) -> list[str]:
@@ -41,11 +41,11 @@ def _heading(listing: Listing) -> list[str]:
 
 
 @click.command(epilog="Example: diskchain tree web1")
-@maybe_vm_argument
+@maybe_vms_argument
 @common
 def tree(vm: str | None) -> None:
     """Show a VM's snapshots as a tree, with "you are here"; without VM those of all."""
-    _show_listings(vm, render.tree_lines, look.tree_json, lambda listing: [])
+    _show_listings(vm, render.tree_lines, look.tree_json, lambda listing: [], gap=True)
 
 
 def _show_listings(
@@ -53,12 +53,19 @@ def _show_listings(
     draw: Callable[[Listing], list[str]],
     as_json: Callable[[Listing], dict[str, Any]],
     heading: Callable[[Listing], list[str]],
+    *,
+    gap: bool,
 ) -> None:
     app = context.current()
     host = context.open_host(app)
     if vm is not None:
-        listing = context.run_async(_listing(host, vm))
-        context.answer(app, as_json(listing), draw(listing))
+
+        async def work(app: App, name: str) -> None:
+            listing = await _listing(host, name)
+            several = app.part is not None
+            context.answer(app, as_json(listing), [*(heading(listing) if several else []), *draw(listing)])
+
+        many.on_each(app, host, vm, work, table=True, gap=gap)
         return
     found = context.run_async(_all_listings(app, host))
     blocks = [[*heading(one), *draw(one)] for one in found]

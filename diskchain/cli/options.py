@@ -57,6 +57,19 @@ class VMName(click.ParamType):  # type: ignore[type-arg]  # not generic in click
         return [CompletionItem(name) for name in look.names_quietly() if name.startswith(incomplete)]
 
 
+class VMNames(VMName):
+    """One VM or several: `web1`, `web1,web2`, `'web*'`, `@group`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Given what was typed, return it without `qemu:`. Raise Refused for a libvirt domain."""
+        return ",".join(super(VMNames, self).convert(part, param, ctx) for part in str(value).split(","))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer the names of all VMs, after a comma too."""
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(f"{before}{comma}{item.value}") for item in super().shell_complete(ctx, param, last)]
+
+
 class SnapshotName(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
     """The name (or id) of a snapshot."""
 
@@ -82,9 +95,14 @@ def vm_argument(command: F) -> F:
     return click.argument("vm", type=VMName())(command)
 
 
-def maybe_vm_argument(command: F) -> F:
-    """A VM, or all of them."""
-    return click.argument("vm", type=VMName(), required=False)(command)
+def vms_argument(command: F) -> F:
+    """The VM, or the VMs, that the command is about."""
+    return click.argument("vm", type=VMNames())(command)
+
+
+def maybe_vms_argument(command: F) -> F:
+    """Some VMs, or all of them."""
+    return click.argument("vm", type=VMNames(), required=False)(command)
 
 
 def snapshot_argument(command: F) -> F:
@@ -100,4 +118,6 @@ def changing_options(command: F) -> F:
     return dry_run(wait(command))
 
 
+jobs_option = click.option("--jobs", type=click.IntRange(1), default=1, metavar="N",
+                           help="With several VMs: work on N of them at once.")  # fmt: skip
 yes_option = click.option("-y", "--yes", is_flag=True, help="Don't ask.")

@@ -8,9 +8,9 @@ from dataclasses import asdict
 import click
 
 from diskchain.chain.plan import Plan
-from diskchain.cli import context, render
+from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common
-from diskchain.cli.options import Duration, changing_options, vm_argument, yes_option
+from diskchain.cli.options import Duration, changing_options, jobs_option, vms_argument, yes_option
 from diskchain.drivers.protocol import VMState
 from diskchain.host import locks
 from diskchain.ops import look, power
@@ -19,14 +19,16 @@ from diskchain.ops.vm import VM, Host
 
 
 @click.command(epilog="Example: diskchain start web1")
-@vm_argument
+@vms_argument
 @click.option("--paused", is_flag=True, help="Load it, but don't let it run yet.")
+@jobs_option
 @changing_options
 @common
-def start(vm: str, paused: bool, wait: float | None, dry_run: bool) -> None:
+def start(vm: str, paused: bool, jobs: int, wait: float | None, dry_run: bool) -> None:
     """Start a VM on its active layers. An interrupted merge is put off for it."""
     app = context.current()
-    context.run_async(_start(app, context.open_host(app, wait), vm, paused, dry_run))
+    host = context.open_host(app, wait)
+    many.on_each(app, host, vm, lambda app, name: _start(app, host, name, paused, dry_run), jobs=jobs)
 
 
 async def _start(app: App, host: Host, name: str, paused: bool, dry_run: bool) -> None:
@@ -45,21 +47,37 @@ async def _start(app: App, host: Host, name: str, paused: bool, dry_run: bool) -
 
 
 @click.command(epilog="Example: diskchain stop web1 --timeout 2m")
-@vm_argument
+@vms_argument
 @click.option("--timeout", type=Duration(), metavar="TIME", help="How long the guest may take (default 5m).")
 @click.option("--force", is_flag=True, help="Like a power cut: what the guest has not written is lost.")
 @click.option("--no-merge", is_flag=True, help="Leave pending merges for later.")
 @yes_option
+@jobs_option
 @changing_options
 @common
 def stop(
-    vm: str, timeout: float | None, force: bool, no_merge: bool, yes: bool, wait: float | None, dry_run: bool
+    vm: str,
+    timeout: float | None,
+    force: bool,
+    no_merge: bool,
+    yes: bool,
+    jobs: int,
+    wait: float | None,
+    dry_run: bool,
 ) -> None:
     """Stop a VM by its power button, then carry out its pending merges."""
     app = context.current()
     host = context.open_host(app, wait)
     limit = host.config.stop.timeout if timeout is None else timeout
-    context.run_async(_stop(app, host, vm, limit, force, not no_merge, yes, dry_run))
+    asks = force and not (yes or dry_run)
+    many.on_each(
+        app,
+        host,
+        vm,
+        lambda app, name: _stop(app, host, name, limit, force, not no_merge, yes, dry_run),
+        jobs=jobs,
+        asks=asks,
+    )
 
 
 async def _stop(
@@ -100,23 +118,27 @@ async def _kill_while_saving(host: Host, name: str) -> bool:
 
 
 @click.command(epilog="Example: diskchain pause web1")
-@vm_argument
+@vms_argument
+@jobs_option
 @changing_options
 @common
-def pause(vm: str, wait: float | None, dry_run: bool) -> None:
+def pause(vm: str, jobs: int, wait: float | None, dry_run: bool) -> None:
     """Let a VM stand still; it goes on with resume."""
     app = context.current()
-    context.run_async(_switch(app, context.open_host(app, wait), vm, "pause", power.pause, dry_run))
+    host = context.open_host(app, wait)
+    many.on_each(app, host, vm, lambda app, name: _switch(app, host, name, "pause", power.pause, dry_run), jobs=jobs)
 
 
 @click.command(epilog="Example: diskchain resume web1")
-@vm_argument
+@vms_argument
+@jobs_option
 @changing_options
 @common
-def resume(vm: str, wait: float | None, dry_run: bool) -> None:
+def resume(vm: str, jobs: int, wait: float | None, dry_run: bool) -> None:
     """Let a paused VM go on."""
     app = context.current()
-    context.run_async(_switch(app, context.open_host(app, wait), vm, "resume", power.resume, dry_run))
+    host = context.open_host(app, wait)
+    many.on_each(app, host, vm, lambda app, name: _switch(app, host, name, "resume", power.resume, dry_run), jobs=jobs)
 
 
 async def _switch(

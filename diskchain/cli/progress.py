@@ -6,17 +6,19 @@ import time
 from typing import TextIO
 
 from diskchain.chain.text import printable, size
-from diskchain.cli.render import duration
+from diskchain.cli.render import duration, named
 
 PATIENCE = 1.0  # seconds before lines are written where nobody watches
 _EVERY = 0.2  # seconds between two drawings
 
 
 class LineProgress:
-    """Implements ops.progress.Progress. `warnings` collects what is warned of, for JSON."""
+    """Implements ops.progress.Progress. `warnings` collects what is warned of, for JSON. With `vm` each line names it."""
 
-    def __init__(self, stream: TextIO, *, quiet: bool, warnings: list[str], patience: float = PATIENCE) -> None:
-        self._stream, self._quiet, self._warnings = stream, quiet, warnings
+    def __init__(
+        self, stream: TextIO, *, quiet: bool, warnings: list[str], patience: float = PATIENCE, vm: str = ""
+    ) -> None:
+        self._stream, self._quiet, self._warnings, self._vm = stream, quiet, warnings, vm
         self._live = not quiet and stream.isatty()
         self._patience = patience
         self._what = self._note = ""
@@ -25,7 +27,7 @@ class LineProgress:
 
     def begin(self, what: str, total: int, *, note: str = "") -> None:
         """A long piece of work begins."""
-        self._what, self._total, self._note = printable(what), total, printable(note)
+        self._what, self._total, self._note = printable(named(self._vm, what)), total, printable(note)
         self._shown, self._done, self._began, self._drawn = -1, 0, time.monotonic(), 0.0
         self.update(0)
 
@@ -49,7 +51,7 @@ class LineProgress:
         self._warnings.append(text)
         if self._live and self._what:
             self._stream.write("\r\x1b[K")
-        self._stream.write(f"warning: {printable(text)}\n")
+        self._stream.write(f"warning: {printable(named(self._vm, text))}\n")
         self._stream.flush()
 
     def _draw(self) -> None:

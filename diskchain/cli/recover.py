@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from diskchain.chain.plan import Plan
-from diskchain.cli import context, render
+from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common, error_json, error_lines
-from diskchain.cli.options import changing_options, maybe_vm_argument, yes_option
+from diskchain.cli.options import changing_options, jobs_option, maybe_vms_argument, yes_option
 from diskchain.errors import DiskchainError, UsageError
 from diskchain.ops import look
 from diskchain.ops import recover as ops
@@ -17,22 +17,28 @@ from diskchain.ops.vm import Host
 
 
 @click.command(epilog="Example: diskchain recover web1")
-@maybe_vm_argument
+@maybe_vms_argument
 @click.option("--finish", is_flag=True, help="Only forward; refuse where that can't be.")
 @click.option("--undo", is_flag=True, help="Only back; refuse where that can't be.")
 @yes_option
+@jobs_option
 @changing_options
 @common
-def recover(vm: str | None, finish: bool, undo: bool, yes: bool, wait: float | None, dry_run: bool) -> None:
+def recover(vm: str | None, finish: bool, undo: bool, yes: bool, jobs: int, wait: float | None, dry_run: bool) -> None:
     """Finish or undo what was interrupted on a VM; without VM on all."""
     if finish and undo:
         raise UsageError("--finish and --undo contradict each other", hint="give one of them, or none")
     app = context.current()
     host = context.open_host(app, wait)
-    if dry_run:
-        context.run_async(_plan(app, host, [vm] if vm else host.names()))
+    asks = undo and not (yes or dry_run)
+    if vm and dry_run:
+        many.on_each(app, host, vm, lambda app, name: _plan(app, host, [name]), jobs=jobs)
     elif vm:
-        context.run_async(_recover_one(app, host, vm, finish, undo, yes))
+        many.on_each(
+            app, host, vm, lambda app, name: _recover_one(app, host, name, finish, undo, yes), jobs=jobs, asks=asks
+        )
+    elif dry_run:
+        context.run_async(_plan(app, host, host.names()))
     else:
         context.run_async(_recover_all(app, host, finish, undo, yes))
 

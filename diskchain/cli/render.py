@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
@@ -35,6 +36,13 @@ def ljust(text: str, columns: int) -> str:
 def rjust(text: str, columns: int) -> str:
     """Pad a text to the left."""
     return " " * max(0, columns - width(text)) + text
+
+
+def named(vm: str, text: str) -> str:
+    """Return a text that names the VM: as it is if it does so already (a path or a longer word does not count)."""
+    if not vm or re.search(rf"(?<![\w./-]){re.escape(vm)}(?![\w./-])", text):
+        return text
+    return f"{vm}: {text}"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

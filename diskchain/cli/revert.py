@@ -7,9 +7,9 @@ from dataclasses import asdict
 import click
 
 from diskchain.chain.model import snapshot_name
-from diskchain.cli import context
+from diskchain.cli import context, many
 from diskchain.cli.app import App, common
-from diskchain.cli.options import changing_options, snapshot_argument, vm_argument, yes_option
+from diskchain.cli.options import changing_options, jobs_option, snapshot_argument, vms_argument, yes_option
 from diskchain.errors import Busy, UsageError
 from diskchain.ops import revert as ops
 from diskchain.ops.revert import Request, Reverted
@@ -17,7 +17,7 @@ from diskchain.ops.vm import VM, Host
 
 
 @click.command(epilog="Example: diskchain revert web1 before-upgrade --keep-as tried-pg17")
-@vm_argument
+@vms_argument
 @snapshot_argument
 @click.option("--keep-as", metavar="NAME", help="Name of the kept present (default: before-revert-N).")
 @click.option("--discard", is_flag=True, help="Don't keep the present: what was written since is gone.")
@@ -27,6 +27,7 @@ from diskchain.ops.vm import VM, Host
 @click.option("--paused", is_flag=True, help="Leave the VM paused afterwards.")
 @click.option("--stopped", is_flag=True, help="Leave the VM off afterwards.")
 @yes_option
+@jobs_option
 @changing_options
 @common
 def revert(
@@ -40,6 +41,7 @@ def revert(
     paused: bool,
     stopped: bool,
     yes: bool,
+    jobs: int,
     wait: float | None,
     dry_run: bool,
 ) -> None:
@@ -51,19 +53,25 @@ def revert(
         raise UsageError("--discard contradicts --keep-as and --keep-memory", hint="give one of them")
     power = "start" * start + "paused" * paused + "stopped" * stopped
     request = Request(name, keep, discard, keep_memory, cold, power)
-    app = context.current()
-    context.run_async(_revert(app, context.open_host(app, wait), vm, request, yes, dry_run))
+    _revert_each(vm, request, yes, jobs, wait, dry_run)
 
 
 @click.command(epilog="Example: diskchain undo web1")
-@vm_argument
+@vms_argument
 @yes_option
+@jobs_option
 @changing_options
 @common
-def undo(vm: str, yes: bool, wait: float | None, dry_run: bool) -> None:
+def undo(vm: str, yes: bool, jobs: int, wait: float | None, dry_run: bool) -> None:
     """Go back to where the last revert left from."""
+    _revert_each(vm, None, yes, jobs, wait, dry_run)
+
+
+def _revert_each(vm: str, request: Request | None, yes: bool, jobs: int, wait: float | None, dry_run: bool) -> None:
     app = context.current()
-    context.run_async(_revert(app, context.open_host(app, wait), vm, None, yes, dry_run))
+    host = context.open_host(app, wait)
+    asks = not (yes or dry_run)
+    many.on_each(app, host, vm, lambda app, name: _revert(app, host, name, request, yes, dry_run), jobs=jobs, asks=asks)
 
 
 async def _revert(app: App, host: Host, name: str, request: Request | None, yes: bool, dry_run: bool) -> None:
@@ -75,7 +83,7 @@ async def _revert(app: App, host: Host, name: str, request: Request | None, yes:
     if dry_run:
         context.show_plan(app, prepared.plan)
         return
-    context.confirm(app, prepared.plan, "Revert?", yes=yes)
+    context.confirm(app, prepared.plan, "Revert?", yes=yes, about=[prepared.snapshot.id])
     async with context.changing(app, host, name, "revert") as vm:
         if vm.catalog.find(request.name).id != prepared.snapshot.id:
             raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")

@@ -160,6 +160,12 @@ class Driver(Protocol):
     async def end_memory_save(self) -> None:
         """Put settings back that the save needed."""
 
+    async def rescue(self) -> bool:
+        """After a background save that failed: free a guest that hangs on it; return whether it had to be freed.
+
+        Needs no answer of the hypervisor. Raise Refused without the right to do it.
+        """
+
     def save_owner(self) -> str:
         """Return what identifies the hypervisor process that saves, across our own death."""
 

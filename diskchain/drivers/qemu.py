@@ -20,7 +20,7 @@ from diskchain.drivers.monitor import Monitor
 from diskchain.drivers.protocol import Chains, Definition, PauseGuard, SaveProgress, VMState
 from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
 from diskchain.errors import DiskchainError, DriverFailed, Unreachable
-from diskchain.host import files
+from diskchain.host import files, rescue
 from diskchain.host.process import (
     ProcessId,
     boot_id,
@@ -342,6 +342,11 @@ class QemuDriver:
         """Take the capability back."""
         with contextlib.suppress(DiskchainError):
             await migration.set_background(await self._connected(), False)
+
+    async def rescue(self) -> bool:
+        """Lift the write protection that QEMU < 10 leaks when a background save fails."""
+        process = self.process()
+        return bool(process and await asyncio.to_thread(rescue.release, process.pid))
 
     def save_owner(self) -> str:
         """pid, start time and boot of this QEMU."""

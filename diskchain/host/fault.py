@@ -7,6 +7,7 @@ a shared directory can. Without the variable a point costs one dictionary look-u
     DISKCHAIN_FAULT=kill:NAME           SIGKILL ourselves at that point      (NAME#2: the second time it is passed)
     DISKCHAIN_FAULT=stop:NAME           SIGSTOP ourselves there
     DISKCHAIN_FAULT=fail:NAME           raise OSError(EIO) there
+    DISKCHAIN_FAULT=skip:NAME           leave away what stands behind `if not skipped(NAME)`
     DISKCHAIN_FAULT=full:NAME           raise OSError(ENOSPC) there
 """
 
@@ -34,6 +35,11 @@ def point(name: str) -> None:
     _passed[name] = _passed.get(name, 0) + 1
     if _passed[name] == int(nth or 1):
         _act(action)
+
+
+def skipped(name: str) -> bool:
+    """Whether DISKCHAIN_FAULT asks to leave something away; normally False."""
+    return os.environ.get("DISKCHAIN_FAULT") == f"skip:{name}"
 
 
 def _append(file: str, name: str) -> None:

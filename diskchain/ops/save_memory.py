@@ -14,7 +14,7 @@ from diskchain.chain.text import size as text_of
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError, NoSpace, ToolFailed
 from diskchain.host import files
-from diskchain.host.fault import point
+from diskchain.host.fault import point, skipped
 from diskchain.host.process import our_module, run, spawn_detached
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM
@@ -53,6 +53,8 @@ async def make_file(home: Home, snapshot_id: str, xml: str, ram: int, *, was_run
 
 
 async def _reserve(fd: int, size: int, path: Path) -> None:
+    if skipped("memory.reserve"):
+        return
     try:
         await run(["fallocate", "--keep-size", "--length", str(size), f"/proc/self/fd/{fd}"], pass_fds=[fd])
     except ToolFailed as error:
@@ -81,6 +83,7 @@ async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Prog
     failure = await _wait(vm, progress)
     seconds = max(0.0, time.time() - float(entry.data["captured_at"]))  # for display
     if failure:
+        await let_go_on(vm, snapshot)
         memory = Memory("failed", reason=failure)
         files.unlink_durably(part_of(vm.home, snapshot.id))
     else:
@@ -92,6 +95,14 @@ async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Prog
     with contextlib.suppress(DiskchainError):
         await vm.driver.end_memory_save()
     return snapshot
+
+
+async def let_go_on(vm: VM, snapshot: Snapshot) -> None:
+    """After a save that failed: free the guest if it hangs on it, and see that it does what it did before."""
+    if vm.driver.save_owner():
+        await vm.driver.rescue()
+        if snapshot.was == "running" and await vm.driver.state() is VMState.PAUSED:
+            await vm.driver.resume()
 
 
 def _consistency(snapshot: Snapshot, memory: Memory) -> str:
