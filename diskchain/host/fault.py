@@ -8,6 +8,7 @@ a shared directory can. Without the variable a point costs one dictionary look-u
     DISKCHAIN_FAULT=stop:NAME           SIGSTOP ourselves there
     DISKCHAIN_FAULT=fail:NAME           raise OSError(EIO) there
     DISKCHAIN_FAULT=skip:NAME           leave away what stands behind `if not skipped(NAME)`
+    (several: separated by semicolons)
     DISKCHAIN_FAULT=full:NAME           raise OSError(ENOSPC) there
 """
 
@@ -23,8 +24,12 @@ _passed: dict[str, int] = {}
 def point(name: str) -> None:
     """Given the name of a fault point, do what DISKCHAIN_FAULT asks for there; normally nothing."""
     spec = os.environ.get("DISKCHAIN_FAULT")
-    if not spec:
-        return
+    if spec:
+        for one in spec.split(";"):
+            _consider(one, name)
+
+
+def _consider(spec: str, name: str) -> None:
     action, _, rest = spec.partition(":")
     if action == "trace":
         _append(rest, name)
@@ -39,7 +44,7 @@ def point(name: str) -> None:
 
 def skipped(name: str) -> bool:
     """Whether DISKCHAIN_FAULT asks to leave something away; normally False."""
-    return os.environ.get("DISKCHAIN_FAULT") == f"skip:{name}"
+    return f"skip:{name}" in os.environ.get("DISKCHAIN_FAULT", "").split(";")
 
 
 def _append(file: str, name: str) -> None:

@@ -222,7 +222,16 @@ def process_id(pid: int) -> ProcessId | None:
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else ProcessId(pid, int(fields[19]))
+    gone = fields[0] == "X" or (fields[0] == "Z" and not _has_other_threads(pid))
+    return None if gone else ProcessId(pid, int(fields[19]))
+
+
+def _has_other_threads(pid: int) -> bool:
+    """Whether threads besides the first still end: until then a killed QEMU holds its files and their locks."""
+    try:
+        return len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
+    except OSError:
+        return False
 
 
 def boot_id() -> str:

@@ -28,7 +28,7 @@ from diskchain.errors import BadName, ChainDamaged, DiskchainError, MemoryNotSav
 from diskchain.host import files
 from diskchain.host.process import uninterrupted
 from diskchain.ops import create_pause, layers, save_memory
-from diskchain.ops.create_rest import note_frozen, resolve_prepared, undo
+from diskchain.ops.create_rest import note_frozen, resolve_prepared, undo, wait_for_stray_save
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM, new_id, now_utc
 from diskchain.store import journal
@@ -268,6 +268,9 @@ def _warn_of_pause(snapshot: Snapshot, request: Request, progress: Progress) -> 
 async def finish(vm: VM, entry: Entry, snapshot: Snapshot, progress: Progress) -> Snapshot:
     """From `switched` or `saving` to the end. Called by `create` and by recovery."""
     if entry.state == "switched":
+        if snapshot.memory.status == "failed":
+            await save_memory.let_go_on(vm, snapshot)
+            await wait_for_stray_save(vm, entry, progress)
         files.unlink_durably(save_memory.part_of(vm.home, snapshot.id))
         entry.close()
         return snapshot

@@ -33,7 +33,7 @@ async def resolve_prepared(vm: VM, entry: Entry, progress: Progress) -> tuple[st
         await undo(vm, entry)
         await _let_run(vm, entry)
         return "undone", "the VM's disks were not switched"
-    await _wait_for_stray_save(vm, entry, progress)
+    await wait_for_stray_save(vm, entry, progress)
     await _let_run(vm, entry)
     snapshot = note_frozen(vm, vm.catalog.snapshots[entry.data["snapshot"]])
     if snapshot.memory.status == "saving":
@@ -64,7 +64,7 @@ async def _switched(vm: VM, entry: Entry) -> bool | None:
     return count > 0
 
 
-async def _wait_for_stray_save(vm: VM, entry: Entry, progress: Progress) -> None:
+async def wait_for_stray_save(vm: VM, entry: Entry, progress: Progress) -> None:
     """A save whose instant is not certain is of no use, but QEMU < 10 must not be told to cancel it."""
     if entry.data["save"] == "never" or (await vm.driver.state()).is_off:
         return
