@@ -160,7 +160,7 @@ def _next_catalog(host: Host, machine: Machine, home: Home, chains: dict[str, li
     """Return the catalog with which the machine is defined. Changes nothing. Raise Refused, ChainDamaged."""
     catalog = _catalog_of(host, machine, home)
     for disk in machine.disks:
-        _refuse_foreign(host, machine, chains[disk.target][0])
+        _refuse_foreign(host, machine, chains[disk.target])
     known = {t for t in (d.target for d in machine.disks) if t in catalog.active}
     for target in known:
         _refuse_other_chain(catalog, target, chains[target][0])
@@ -197,30 +197,37 @@ def _refuse_other_chain(catalog: Catalog, target: str, top: ApprovedImage) -> No
                       f"{top.path} is not part of it", hint="undefine the machine first, or choose another name")  # fmt: skip
 
 
-def _refuse_foreign(host: Host, machine: Machine, top: ApprovedImage) -> None:
-    """Refuse an image that another VM uses, as active or as lower layer: it would be written under its overlays."""
-    for name, image_path in _images_of_others(host, machine):
-        try:
-            same = image_path.samefile(top.path)
-        except OSError:
-            same = False
-        if same:
-            raise Refused(
-                f"{top.path} is part of the chain of {name}", hint="make an overlay of it, or copy it, and use that"
-            )
+def _refuse_foreign(host: Host, machine: Machine, chain: list[ApprovedImage]) -> None:
+    """Refuse what another VM would be hurt by: writing to any image of its chains, standing on its active layer."""
+    for name, path, active in _images_of_others(host, machine):
+        if _same(path, chain[0]):
+            raise Refused(f"{chain[0].path} is part of the chain of {name}",
+                          hint="make an overlay of it, or copy it, and use that")  # fmt: skip
+        if active and any(_same(path, below) for below in chain[1:]):
+            raise Refused(f"{path} is what {name} writes to; nothing can stand on it",
+                          hint=f"take a snapshot of {name} first, and stand on what that freezes; or copy it")  # fmt: skip
 
 
-def _images_of_others(host: Host, machine: Machine) -> Iterator[tuple[str, Path]]:
+def _same(path: Path, image: ApprovedImage) -> bool:
+    try:
+        return path.samefile(image.path)
+    except OSError:
+        return False
+
+
+def _images_of_others(host: Host, machine: Machine) -> Iterator[tuple[str, Path, bool]]:
+    """Yield the images of all other machines: whose, where, and whether it is an active layer."""
     for other in host.machines.all():
         if other.machine.name == machine.name:
             continue
         try:
             catalog = catalog_store.load(Home(other.home))
         except DiskchainError:
-            yield from ((other.machine.name, Path(d.image)) for d in other.machine.disks)
+            yield from ((other.machine.name, Path(d.image), True) for d in other.machine.disks)
             continue
         if catalog.uuid != machine.uuid:
-            yield from ((other.machine.name, image.path) for image in catalog.images.values())
+            active = set(catalog.active.values())
+            yield from ((other.machine.name, image.path, image.id in active) for image in catalog.images.values())
 
 
 def _with_chain(catalog: Catalog, target: str, chain: list[ApprovedImage]) -> Catalog:

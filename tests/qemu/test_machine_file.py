@@ -158,3 +158,18 @@ def test_disk_added_or_exchanged_while_there_are_snapshots_is_refused(tree: Rig)
         file = machine_file(tree, *images, head=head)
         with unchanged(tree):
             refused(tree, "machine", "define", file, code=6)
+
+
+def test_a_machine_on_another_machines_active_layer_is_refused(tree: Rig) -> None:
+    """What stands on it would change with every write of the other; on a frozen layer it is fine."""
+    other = tree.dir / "other"
+    other.mkdir()
+    for name, below in (("a", tree.active()["vda"]), ("b", tree.snapshots()["s1"]["vda"])):
+        tree.qemu_img("create", "-q", "-f", "qcow2", "-b", str(below), "-F", "qcow2", str(other / f"{name}.qcow2"))
+        (other / f"{name}.toml").write_text(
+            f'name = "{name}"\nmemory = "64 MiB"\n[[disk]]\ntarget = "vda"\nimage = "{name}.qcow2"\n'
+        )
+    (tree.dir / "config.toml").write_text(f'image_roots = ["{tree.dir}"]\n')
+    answer = tree.run("--config", str(tree.dir / "config.toml"), "machine", "define", str(other / "a.toml"))
+    assert answer.code == 6 and "writes to" in answer.err
+    tree.ok("--config", str(tree.dir / "config.toml"), "machine", "define", str(other / "b.toml"))
