@@ -23,6 +23,7 @@ from diskchain.drivers.machines import Machines
 from diskchain.errors import Busy, DiskchainError, HasChildren, NoSpace, Unfinished, UnsupportedDisk, VMRunning
 from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
+from diskchain.host.locks import ImageGuard
 from diskchain.ops import layers, merge, sharers
 from diskchain.ops.approve import approve_chain
 from diskchain.ops.merge import Merged
@@ -175,11 +176,9 @@ async def carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
     merged: list[Merged] = []
     if entry.state == "intent":
         _tombstone(vm, entry)
-    if entry.state in ("intent", "commit") and entry.data["folds"]:
+    if entry.state != "relinked" and _folds(vm.catalog, entry):
         merged = await _fold_all(vm, entry, progress)
-    elif entry.state == "relink":
-        await _relink_all(vm, entry)
-    if entry.state != "relinked":
+    elif entry.state != "relinked":
         _forget_layers(vm, entry)
         entry.advance("relinked")
     gone = [*(vm.home.disks_dir / f["top_path"] for f in entry.data["folds"]),
@@ -220,29 +219,40 @@ def _folds(catalog: Catalog, entry: Entry) -> list[Fold]:
 
 
 async def _fold_all(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
-    """Commit every disk, then relink every disk, with all others held off from the first to the last."""
+    """Commit every disk, relink every disk, put the tops away: all others are held off from the first to the last."""
     folds = _folds(vm.catalog, entry)
     paths = [path for fold in folds for path in (fold.into.path, fold.top.path)]
-    merged = []
+    merged: list[Merged] = []
     with locks.guard_images(paths, wait=GUARD_WAIT, users=locks.open_by) as guard:
         if not (await vm.driver.state()).is_off:
             raise VMRunning(f"{vm.name} was started a moment ago", hint=f"stop it; then: diskchain recover {vm.name}")
-        unclean = entry.data["unclean"] or entry.state == "commit"
-        if entry.state != "commit":
-            entry.advance("commit")
-        try:
-            for index, fold in enumerate(folds):
-                merged.append(await merge.fold(fold, guard, 2 * index, unclean=unclean, progress=progress))
-                point("delete.committed-one")
-        except (DiskchainError, OSError) as error:
-            entry.data["unclean"] = True
-            with contextlib.suppress(DiskchainError):
-                entry.note()
-            text = error.message if isinstance(error, DiskchainError) else str(error)
-            raise Unfinished(f"the merge stopped: {text}; nothing is lost",
-                             hint=f"put right the cause, then: diskchain recover {vm.name}") from error  # fmt: skip
-        entry.advance("relink")
+        if entry.state != "relink":
+            merged = await _commit_all(vm, entry, folds, guard, progress)
+            entry.advance("relink")
         await _relink_all(vm, entry)
+        _forget_layers(vm, entry)
+        entry.advance("relinked")
+        layers.to_trash(fold.top.path for fold in folds)
+    return merged
+
+
+async def _commit_all(vm: VM, entry: Entry, folds: list[Fold], guard: ImageGuard, progress: Progress) -> list[Merged]:
+    """Move the data of every disk. Raise Unfinished when one did not end well."""
+    unclean = entry.data["unclean"] or entry.state == "commit"
+    if entry.state != "commit":
+        entry.advance("commit")
+    merged = []
+    try:
+        for index, fold in enumerate(folds):
+            merged.append(await merge.fold(fold, guard, 2 * index, unclean=unclean, progress=progress))
+            point("delete.committed-one")
+    except (DiskchainError, OSError) as error:
+        entry.data["unclean"] = True
+        with contextlib.suppress(DiskchainError):
+            entry.note()
+        text = error.message if isinstance(error, DiskchainError) else str(error)
+        raise Unfinished(f"the merge stopped: {text}; nothing is lost",
+                         hint=f"put right the cause, then: diskchain recover {vm.name}") from error  # fmt: skip
     return merged
 
 

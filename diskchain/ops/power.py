@@ -29,14 +29,12 @@ async def start(vm: VM, machines: Machines, progress: Progress = QUIET, *, pause
 
     Raise ChainDamaged, HostileImage before QEMU sees anything that is not as it was left; Refused when it is paused.
     """
+    recovered = await recover.before_start(vm, machines, progress)
     state = await vm.driver.state()
     if state is VMState.RUNNING:
-        return False
+        return recovered is not None  # what was interrupted may have started it
     if not state.is_off:
         raise Refused(f"{vm.name} is on already, {state.value}", hint=f"diskchain resume {vm.name}")
-    await recover.before_start(vm, machines, progress)
-    if not (await vm.driver.state()).is_off:
-        return True  # what was interrupted had started it
     await asyncio.to_thread(layers.verify_active, vm.catalog)
     point("start.launching")
     await vm.driver.start(vm.catalog.active_chains(), paused=paused)
@@ -51,8 +49,7 @@ async def stop(vm: VM, machines: Machines, progress: Progress = QUIET, *, timeou
     """
     state = await vm.driver.state()
     changed = not state.is_off
-    if changed and not force and journal.is_open(vm.home):
-        await _finish_save(vm, machines, progress)
+    await _before_stop(vm, machines, progress, finish_save=changed and not force)
     if changed and force:
         await vm.driver.kill()
     elif changed:
@@ -63,11 +60,13 @@ async def stop(vm: VM, machines: Machines, progress: Progress = QUIET, *, timeou
     return Stopped(changed, await delete.merge_pending(vm, machines, progress))
 
 
-async def _finish_save(vm: VM, machines: Machines, progress: Progress) -> None:
-    """A save that runs in the VM, left by somebody who died, is finished before the VM goes."""
+async def _before_stop(vm: VM, machines: Machines, progress: Progress, *, finish_save: bool) -> None:
+    """An interrupted save is finished before the VM goes; an interrupted revert must not start it again afterwards."""
     entry = journal.open_entry(vm.home)
-    if entry and entry.op == "create":
+    if entry and entry.op == "create" and finish_save:
         await recover.recover(vm, machines, progress)
+    elif entry and entry.op == "revert":
+        entry.note(power="stopped", was="stopped")
 
 
 async def _shut_down(vm: VM, state: VMState, timeout: float) -> None:

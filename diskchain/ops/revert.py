@@ -237,10 +237,7 @@ async def undo(vm: VM, entry: Entry) -> None:
     """Take back a revert whose new overlays hold no data: old catalog, old definition, and a VM that ran runs again."""
     overlays, before = _overlays(vm, entry), entry.data["before"]
     if entry.state in ("switched", "loaded"):
-        if not all(layers.is_empty(i.path) for i in overlays.values()):
-            raise Unfinished("the VM wrote to the reverted disks already; the revert can't be taken back that way",
-                             hint=f"diskchain recover {vm.name} --finish, then: diskchain undo {vm.name}")  # fmt: skip
-        await vm.driver.kill()
+        await _end_untouched(vm, overlays)
     vm.reload()
     keep = entry.data["keep"]
     snapshots = {k: s for k, s in vm.catalog.snapshots.items() if not keep or k != keep["id"]}
@@ -256,6 +253,19 @@ async def undo(vm: VM, entry: Entry) -> None:
         remove_snapshot_dir(vm, keep["id"])
     await _power_as_before(vm, entry.data["was"])
     entry.close()
+
+
+async def _end_untouched(vm: VM, overlays: dict[str, Image]) -> None:
+    """End the VM if it has written nothing to the new overlays. Raise Unfinished otherwise; it goes on then."""
+    state = await vm.driver.state()
+    if not state.is_off:
+        await vm.driver.pause()
+    if not all(layers.is_empty(i.path) for i in overlays.values()):
+        if state is VMState.RUNNING:
+            await vm.driver.resume()
+        raise Unfinished("the VM wrote to the reverted disks already; the revert can't be taken back that way",
+                         hint=f"diskchain recover {vm.name} --finish, then: diskchain undo {vm.name}")  # fmt: skip
+    await vm.driver.kill()
 
 
 async def _power_as_before(vm: VM, was: str) -> None:

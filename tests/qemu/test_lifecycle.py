@@ -234,3 +234,34 @@ def test_memory_file_is_libvirts_format_and_private(make: Callable[..., Guest]) 
     assert status.st_blocks * 512 <= status.st_size + MiB
     with path.open("rb") as file:
         assert file.read(16) == b"LibvirtQemudSave"
+
+
+def test_stop_after_an_interrupted_revert_leaves_the_vm_off(make: Callable[..., Guest]) -> None:
+    """What is recovered on the way must not start again what was told to stop."""
+    guest = make()
+    rig = guest.rig
+    rig.ok("create", "vm", "s", "--memory")
+    at = guest.frozen_at("s")
+    guest.count()
+    assert rig.killed("revert", "vm", "s", "-y", at="revert.switched.after#1")
+    rig.ok("stop", "vm", "--force", "-y")
+    assert rig.pid() is None and rig.file_verdict() == []
+    mark = guest.console.mark()
+    rig.ok("start", "vm")
+    assert at <= int(guest.console.wait(r"^C START (\d+)$", after=mark)[1]) <= at + 1
+    guest.count()
+
+
+def test_start_after_an_interrupted_revert_goes_on_with_its_memory(make: Callable[..., Guest]) -> None:
+    """The next command finishes the revert, with memory; there is nothing left to start."""
+    guest = make()
+    rig = guest.rig
+    rig.ok("create", "vm", "s", "--memory")
+    guest.count()
+    mark = guest.console.mark()
+    assert rig.killed("revert", "vm", "s", "-y", at="revert.switched.after#1")
+    rig.ok("start", "vm")
+    guest.count(10)
+    lines = [line for _, line in guest.console.lines(mark)]
+    assert not [line for line in lines if line.startswith("C START")] and guest.console.bad(after=mark) == []
+    assert rig.file_verdict() == []
