@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -111,16 +112,21 @@ async def check(vm: VM, machines: Machines, deletions: Sequence[Deletion]) -> No
         for image in deletion.unlinks:
             sharers.refuse_overlays(vm, machines, image, mine)
         for fold in deletion.folds:
-            _refuse_used(fold)
+            await _refuse_used(fold)
             sharers.refuse_shared(vm, machines, fold.into, mine)
             sharers.refuse_shared(vm, machines, fold.top, mine)
             _refuse_what_a_merge_loses(fold)
     _check_space(deletions)
 
 
-def _refuse_used(fold: Fold) -> None:
+async def _refuse_used(fold: Fold) -> None:
+    """Raise Busy when somebody has a layer open; a QEMU that was just killed gets a moment to let go."""
+    end = time.monotonic() + 2.0
     for path in (fold.top.path, fold.into.path):
-        if locks.image_in_use(path):
+        while locks.image_in_use(path):
+            if time.monotonic() < end:
+                await asyncio.sleep(0.05)
+                continue
             raise Busy(f"{path} is in use by {locks.open_by(path)}", hint="end that program first")
 
 
