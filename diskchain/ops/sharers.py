@@ -82,20 +82,25 @@ def _files(directory: Path) -> Iterable[Path]:
 
 
 def _backs_on(path: Path, target: tuple[int, int]) -> bool:
+    return backing_identity(path) == target
+
+
+def backing_identity(path: Path) -> tuple[int, int] | None:
+    """Return (device, inode) of the backing file that an image names; None when it names none, or can't be read."""
     try:
         fd = files.open_untrusted(path)
     except DiskchainError:
-        return False
+        return None
     try:
         if files.read_span(fd, 0, 4) != _MAGIC:
-            return False
+            return None
         data = files.read_span(fd, 0, 1 << 16)
         name = qcow2.parse_header(data, os.fstat(fd).st_size).backing_name
     except DiskchainError:
-        return False
+        return None
     finally:
         os.close(fd)
-    return name is not None and _identity(path.parent / name) == target
+    return None if name is None else _identity(path.parent / name)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
