@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -100,7 +101,25 @@ def backing_identity(path: Path) -> tuple[int, int] | None:
         return None
     finally:
         os.close(fd)
-    return None if name is None else _identity(path.parent / name)
+    file = None if name is None else _file_named(name)
+    return None if file is None else _identity(path.parent / file)
+
+
+def _file_named(name: str) -> str | None:
+    """Return the file of a backing name as QEMU writes them: a path, `file:PATH`, or `json:{...}` (the first file in it).
+
+    A live snapshot that somebody else takes of a node of ours (blockdev-snapshot-sync) is recorded as `json:`.
+    """
+    if not name.startswith("json:"):
+        return name.removeprefix("file:")
+    try:
+        node = json.loads(name.removeprefix("json:"))
+    except (ValueError, RecursionError):
+        return None
+    while isinstance(node, dict) and isinstance(node.get("file"), dict):
+        node = node["file"]
+    file = node.get("filename", node.get("file.filename")) if isinstance(node, dict) else None
+    return file if isinstance(file, str) else None
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

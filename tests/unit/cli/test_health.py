@@ -159,6 +159,11 @@ def _clone_of_active(w: Web1) -> None:
     _overlay(w, w.active(), "clone.img")
 
 
+def _clone_by_json(w: Web1) -> None:
+    name = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(frozen(w))}})
+    _overlay(w, f"json:{name}", "clone.img")
+
+
 def _orphan(w: Web1) -> None:
     _overlay(w, w.directory / "web1.qcow2", "web1.vda.0123456789ab.qcow2")
 
@@ -262,6 +267,7 @@ DAMAGE: dict[str, tuple[Callable[[Web1], None], str, int]] = {
     "hard link": (_linked, "hard-links", 10),
     "clone": (_clone, "foreign-overlay", 10),
     "clone of the active layer": (_clone_of_active, "foreign-overlay", 11),
+    "clone by json": (_clone_by_json, "foreign-overlay", 10),
     "orphan": (_orphan, "orphan-overlay", 10),
     "trash": (_trash, "leftover-trash", 10),
     "temporary": (_temporary, "leftover-temporary", 10),
