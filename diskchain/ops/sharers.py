@@ -108,7 +108,7 @@ def backing_identity(path: Path) -> tuple[int, int] | None:
 def _file_named(name: str) -> str | None:
     """Return the file of a backing name as QEMU writes them: a path, `file:PATH`, or `json:{...}` (the first file in it).
 
-    A live snapshot that somebody else takes of a node of ours (blockdev-snapshot-sync) is recorded as `json:`.
+    A live snapshot that somebody else takes of an image of ours is recorded as `json:`.
     """
     if not name.startswith("json:"):
         return name.removeprefix("file:")
