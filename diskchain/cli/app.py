@@ -90,6 +90,9 @@ COMMANDS = [
     Entry("describe", "edit", "describe", "Give a snapshot a description.", _SNAPSHOTS),
     Entry("protect", "edit", "protect", "Protect a snapshot against deletion.", _SNAPSHOTS),
     Entry("unprotect", "edit", "unprotect", "Take a snapshot's protection away.", _SNAPSHOTS),
+    Entry("status", "health", "status", "One line a VM: state, snapshots, space, what to look at.", _HEALTH),
+    Entry("check", "health", "check", "Hold records, files and hypervisor against each other.", _HEALTH),
+    Entry("doctor", "health", "doctor", "Look at the host: QEMU, KVM, memory saving, locks, places.", _HEALTH),
     Entry("recover", "recover", "recover", "Finish or undo what was interrupted.", _HEALTH),
 ]
 _TABLE = {entry.name: entry for entry in COMMANDS}

@@ -48,7 +48,7 @@ def named(vm: str, text: str) -> str:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 Row = Mapping[str, str]
-RIGHT = {"AGE", "DISK", "MEMORY", "FREES", "CPUS", "SNAPS"}
+RIGHT = {"AGE", "DISK", "MEMORY", "FREES", "CPUS", "SNAPS", "OLDEST", "DEPTH", "USED", "GROWTH", "FULL IN", "PENDING"}
 
 
 def columns(asked: str | None, known: Sequence[str], usual: Sequence[str]) -> list[str]:

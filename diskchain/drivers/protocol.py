@@ -82,6 +82,9 @@ class Driver(Protocol):
     async def active_files(self) -> dict[str, Path]:
         """Return for each disk of a VM that is on the file it writes to, as the hypervisor says."""
 
+    async def failed_disks(self) -> dict[str, str]:
+        """Return for each disk whose last I/O failed why: `nospace` or `failed`. The VM is on."""
+
     def memory_bytes(self) -> int:
         """Return the size of the guest's memory in bytes."""
 

@@ -123,11 +123,16 @@ class QemuDriver:
         file_of = {node["node-name"].removeprefix("file-"): Path(node["file"]) for node in nodes}
         found = {}
         for block in await self._execute("query-block"):
-            target = block.get("qdev", "").removeprefix("/machine/peripheral/").split("/")[0]
+            target = _target_of(block)
             node = block.get("inserted", {}).get("node-name", "")
             if node.startswith("layer-"):
                 found[target] = file_of[node.removeprefix("layer-")]
         return found
+
+    async def failed_disks(self) -> dict[str, str]:
+        """The I/O status that QEMU keeps of each disk."""
+        states = {_target_of(block): str(block.get("io-status", "ok")) for block in await self._execute("query-block")}
+        return {target: state for target, state in states.items() if state != "ok"}
 
     def _machine_running(self) -> Machine:
         try:
@@ -394,6 +399,10 @@ class _Watchdog:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._child.wait(), 5)
         self._fired.cancel()
+
+
+def _target_of(block: Mapping[str, Any]) -> str:
+    return str(block.get("qdev", "")).removeprefix("/machine/peripheral/").split("/")[0]
 
 
 def _machine_of(definition: Definition) -> Machine:

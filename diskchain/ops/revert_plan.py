@@ -24,6 +24,7 @@ from diskchain.host import files
 from diskchain.ops import layers, save_memory
 from diskchain.ops.create import METADATA
 from diskchain.ops.vm import VM, new_id, now_utc
+from diskchain.store.catalog import Home
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,12 @@ def _verify_present(catalog: Catalog, going_to: str) -> None:
 
 def read_definition(vm: VM, snapshot: Snapshot) -> Definition:
     """Return the configuration that a snapshot recorded. Raise ChainDamaged when it is gone."""
-    path = vm.home.snapshot_dir(snapshot.id) / "machine.json"
+    return definition_at(vm.home, snapshot)
+
+
+def definition_at(home: Home, snapshot: Snapshot) -> Definition:
+    """Return the configuration that a snapshot in these records has. Raise ChainDamaged when it is gone."""
+    path = home.snapshot_dir(snapshot.id) / "machine.json"
     try:
         return Definition(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -82,20 +83,43 @@ def _files(directory: Path) -> Iterable[Path]:
 
 
 def _backs_on(path: Path, target: tuple[int, int]) -> bool:
+    return backing_identity(path) == target
+
+
+def backing_identity(path: Path) -> tuple[int, int] | None:
+    """Return (device, inode) of the backing file that an image names; None when it names none, or can't be read."""
     try:
         fd = files.open_untrusted(path)
     except DiskchainError:
-        return False
+        return None
     try:
         if files.read_span(fd, 0, 4) != _MAGIC:
-            return False
+            return None
         data = files.read_span(fd, 0, 1 << 16)
         name = qcow2.parse_header(data, os.fstat(fd).st_size).backing_name
     except DiskchainError:
-        return False
+        return None
     finally:
         os.close(fd)
-    return name is not None and _identity(path.parent / name) == target
+    file = None if name is None else _file_named(name)
+    return None if file is None else _identity(path.parent / file)
+
+
+def _file_named(name: str) -> str | None:
+    """Return the file of a backing name as QEMU writes them: a path, `file:PATH`, or `json:{...}` (the first file in it).
+
+    A live snapshot that somebody else takes of an image of ours is recorded as `json:`.
+    """
+    if not name.startswith("json:"):
+        return name.removeprefix("file:")
+    try:
+        node = json.loads(name.removeprefix("json:"))
+    except (ValueError, RecursionError):
+        return None
+    while isinstance(node, dict) and isinstance(node.get("file"), dict):
+        node = node["file"]
+    file = node.get("filename", node.get("file.filename")) if isinstance(node, dict) else None
+    return file if isinstance(file, str) else None
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

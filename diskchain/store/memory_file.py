@@ -73,12 +73,29 @@ def stream_digest(fd: int, stream: int) -> str:
     return digest.hexdigest()
 
 
+def verify_outside(path: Path, size: int) -> None:
+    """Look at a memory file without reading its stream: regular, finished, as long as recorded. Raise MemoryDamaged."""
+    os.close(_opened(path, size)[0])
+
+
 def open_verified(path: Path, size: int, sha256: str) -> int:
     """Given a memory file and what was recorded of it, return a descriptor placed at the stream.
 
     QEMU accepts flipped bits and cut-off files without a word (14 of 14, facts.md), so length and digest are verified
     before it sees one byte. Raise MemoryDamaged.
     """
+    fd, header = _opened(path, size)
+    try:
+        if stream_digest(fd, header.stream) != sha256:
+            raise MemoryDamaged(f"the memory file is not what was saved: its checksum differs ({path})", hint=HINT)
+        os.lseek(fd, header.stream, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _opened(path: Path, size: int) -> tuple[int, MemoryHeader]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not hang us
     except OSError as error:
@@ -93,13 +110,10 @@ def open_verified(path: Path, size: int, sha256: str) -> int:
             raise MemoryDamaged(
                 f"the memory file has {os.fstat(fd).st_size} bytes, {size} were saved ({path})", hint=HINT
             )
-        if stream_digest(fd, header.stream) != sha256:
-            raise MemoryDamaged(f"the memory file is not what was saved: its checksum differs ({path})", hint=HINT)
-        os.lseek(fd, header.stream, os.SEEK_SET)
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return fd, header
 
 
 HINT = "the disks of the snapshot are not affected: revert with --cold"

@@ -124,6 +124,15 @@ def test_exit_codes_every_class_stands_in_the_row_of_its_code() -> None:
         assert f"`{found.__name__}`" in rows.get(str(found.exit_code), ""), found.__name__
 
 
+def test_troubleshooting_every_code_of_a_finding_has_a_row() -> None:
+    """docs/troubleshooting.md says what each means."""
+    sources = [ROOT / "diskchain/chain/rules.py", *(ROOT / "diskchain/ops").glob("*.py")]
+    made = re.compile(r'\b(?:info|warning|error)\(\s*"([a-z][a-z-]+)"')
+    codes = {code for path in sources for code in made.findall(path.read_text())}
+    assert len(codes) > 40
+    assert codes - set(re.findall(r"`([a-z-]+)`", text("docs/troubleshooting.md"))) == set()
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_links_lead_to_files(path: Path) -> None:
     """Every relative link of a document exists."""

@@ -1,0 +1,408 @@
+"""check: one VM's records, files and hypervisor against each other. Nothing is written, no lock is taken, no QEMU changed.
+
+Made for damaged machines: each look stands alone, and what a look can't read becomes a finding, not an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diskchain.chain.model import Catalog, Image, Snapshot
+from diskchain.chain.qcow2 import Header
+from diskchain.chain.rules import Finding, dangling, deep_chains, error, info, warning
+from diskchain.chain.text import size
+from diskchain.drivers.machines import Registered
+from diskchain.drivers.protocol import VMState
+from diskchain.drivers.qemu import QemuDriver
+from diskchain.errors import (
+    DiskchainError,
+    HostileImage,
+    MemoryDamaged,
+    NotFound,
+    RecordDamaged,
+    Refused,
+    ToolFailed,
+    UnsupportedDisk,
+)
+from diskchain.host import files, locks, qemu_img
+from diskchain.ops import leftovers
+from diskchain.ops.approve import checked_header, fingerprint
+from diskchain.ops.revert_plan import definition_at
+from diskchain.ops.vm import Host, plain
+from diskchain.store import catalog as catalog_store
+from diskchain.store import journal, memory_file
+from diskchain.store.catalog import Home
+
+BACKUP = "bring it back from a backup; RECOVER.txt beside it lists the chain"
+
+
+@dataclass
+class Look:
+    """What is known of one VM, as far as it could be read."""
+
+    name: str
+    registered: Registered | None = None
+    catalog: Catalog | None = None
+    state: VMState | None = None  # None: it could not be asked
+    active: dict[str, Path] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    memory_bytes: int = 0
+    busy: str | None = None  # an operation is at work now
+    in_flight: frozenset[str] = frozenset()  # what the open journal entry names: nothing of it is judged
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def home(self) -> Home | None:
+        """The VM's records."""
+        return Home(self.registered.home) if self.registered else None
+
+
+async def look(host: Host, name: str) -> Look:
+    """Read all that can be read of a VM; what can't be is a finding. Raise NotFound when there is no such VM."""
+    name = plain(name)
+    seen = Look(name)
+    try:
+        seen.registered = host.machines.get(name)
+    except NotFound:
+        raise
+    except Refused as problem:
+        seen.findings.append(error("definition-unreadable", name, problem.message, problem.hint))
+        return seen
+    except DiskchainError as problem:
+        seen.findings.append(error("definition-damaged", name, problem.message, problem.hint))
+        return seen
+    home = Home(seen.registered.home)
+    if not home.path.is_dir():
+        seen.findings.append(error("records-missing", name, f"{home.path} does not exist",
+                                   "bring the directory back from a backup; the images are plain qcow2"))  # fmt: skip
+        await _ask(host, seen)
+        return seen
+    _read_catalog(seen, home)
+    _read_journal(seen, home)
+    await _ask(host, seen)
+    return seen
+
+
+def _read_catalog(seen: Look, home: Home) -> None:
+    assert seen.registered
+    try:
+        catalog = catalog_store.load(home)
+    except NotFound as problem:
+        seen.findings.append(error("catalog-missing", seen.name, problem.message, BACKUP))
+        return
+    except DiskchainError as problem:
+        seen.findings.append(error("catalog-damaged", seen.name, problem.message, problem.hint or BACKUP))
+        return
+    if catalog.uuid != seen.registered.machine.uuid:
+        what = f"{home.catalog} is the catalog of another VM ({catalog.name}, {catalog.uuid})"
+        seen.findings.append(error("catalog-foreign", seen.name, what, BACKUP))
+        return
+    wrong = list(dangling(catalog))
+    seen.findings += wrong
+    seen.catalog = None if wrong else catalog
+
+
+def _read_journal(seen: Look, home: Home) -> None:
+    if not journal.is_open(home):
+        return
+    seen.busy = locks.holder_operation(home.lock)
+    remedy = f"diskchain recover {seen.name}"
+    try:
+        entry = journal.open_entry(home)
+    except DiskchainError as problem:
+        seen.findings.append(error("journal-damaged", seen.name, problem.message,
+                                   "keep every file; bring the entry back from a backup"))  # fmt: skip
+        return
+    if entry is None:
+        return
+    seen.in_flight = frozenset(_words(entry.data))
+    what = f"{entry.op} of {entry.data.get('name', entry.id)!r}, at {entry.state!r}, begun {entry.started}"
+    if seen.busy:
+        seen.findings.append(
+            info("busy", seen.name, f"at work: {what}", "its files change now; check again afterwards")
+        )
+    else:
+        seen.findings.append(warning("interrupted", seen.name, f"{what}; nothing is lost", remedy))
+
+
+def _words(data: Any) -> Iterator[str]:
+    if isinstance(data, str):
+        yield data
+        yield Path(data).name
+    elif isinstance(data, Mapping):
+        for key, value in data.items():
+            yield str(key)
+            yield from _words(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from _words(value)
+
+
+async def _ask(host: Host, seen: Look) -> None:
+    """Ask the hypervisor, through the socket for those who only look."""
+    assert seen.registered
+    driver = QemuDriver(seen.registered, host.machines, host.config.run_dir, socket="info")
+    seen.memory_bytes = driver.memory_bytes()
+    try:
+        seen.state = await driver.state()
+        if not seen.state.is_off:
+            seen.active = await driver.active_files()
+            seen.failed = await driver.failed_disks()
+    except (DiskchainError, KeyError) as problem:
+        said = problem.message if isinstance(problem, DiskchainError) else f"an answer without {problem}"
+        seen.findings.append(warning("no-answer", seen.name, f"QEMU can't be asked: {said}",
+                                     "look at qemu.log beside the catalog, and at its storage"))  # fmt: skip
+    finally:
+        await driver.close()
+
+
+# -- check -------------------------------------------------------------------------------------------------------------
+
+
+async def check(host: Host, name: str, *, deep: bool = False) -> list[Finding]:
+    """Return everything that is found about a VM. Raise NotFound."""
+    seen = await look(host, name)
+    found = list(seen.findings)
+    if seen.home is not None and seen.home.path.is_dir():
+        found += _records(seen, seen.home)
+    if seen.state is VMState.CRASHED:
+        found.append(error("crashed", seen.name, "the guest has crashed; QEMU stands still",
+                           f"diskchain stop {seen.name} --force, then start"))  # fmt: skip
+    if seen.catalog is not None and seen.home is not None:
+        found += await asyncio.to_thread(_files, host, seen, seen.catalog, seen.home, deep)
+        if deep and seen.state is VMState.STOPPED and not seen.busy:
+            found += await _images_inside(host, seen, seen.catalog, found)
+    return found
+
+
+def _files(host: Host, seen: Look, catalog: Catalog, home: Home, deep: bool) -> list[Finding]:
+    found = list(_active(seen, catalog))
+    if not seen.busy:
+        for image in catalog.images.values():
+            found += _layer(seen, catalog, image)
+        found += _writers(seen, catalog)
+    found += deep_chains(seen.name, max((len(c) for c in catalog.active_chains().values()), default=0))
+    for snapshot in catalog.snapshots.values():
+        found += _snapshot(seen, home, snapshot, deep)
+    found += leftovers.find(host, catalog, home, seen.in_flight)
+    found += _pending(seen, catalog)
+    return found
+
+
+def _records(seen: Look, home: Home) -> Iterator[Finding]:
+    mode = stat.S_IMODE(home.path.stat().st_mode)
+    if mode & 0o077:
+        yield warning("records-open", str(home.path), f"mode {mode:o}: others can look at the memory of guests",
+                      f"chmod 700 {home.path}")  # fmt: skip
+    if not home.recover_txt.is_file():
+        yield warning("recover-text-missing", str(home.recover_txt), "it is not there",
+                      f"any change writes it again: diskchain create {seen.name}")  # fmt: skip
+    elif seen.catalog and not seen.busy and not seen.in_flight:
+        with contextlib.suppress(OSError):
+            if home.recover_txt.read_bytes() != catalog_store.recover_text(home, seen.catalog).encode():
+                yield info("recover-text-old", str(home.recover_txt), "it is not what the catalog says",
+                           "the next change writes it again")  # fmt: skip
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def _layer(seen: Look, catalog: Catalog, image: Image) -> Iterator[Finding]:
+    """One image: there, approved, as the catalog says, unchanged since it was frozen."""
+    where = f"{image.target} {image.path}"
+    try:
+        header, status = _opened(image)
+    except DiskchainError as problem:
+        yield _unusable(where, image, problem)
+        return
+    moving = bool({image.id, image.path.name} & seen.in_flight)
+    if status.st_nlink > 1:
+        yield warning("hard-links", where, f"it has {status.st_nlink} names; who uses the others is not known",
+                      "give it a file of its own: cp --reflink=auto, with the VM off")  # fmt: skip
+    if header is not None and header.dirty and seen.state is VMState.STOPPED:
+        yield info("layer-dirty", where, "it was not closed; QEMU repairs its counters at the next start")
+    if not moving:
+        yield from _against_catalog(catalog, image, header, where)
+        yield from _frozen(image, where)
+
+
+def _opened(image: Image) -> tuple[Header | None, os.stat_result]:
+    with files.UntrustedFiles() as opener:
+        opened = opener.open(image.path)
+    try:
+        return (None if image.fmt == "raw" else checked_header(opened)), opened.status
+    finally:
+        os.close(opened.fd)
+
+
+def _unusable(where: str, image: Image, problem: DiskchainError) -> Finding:
+    if isinstance(problem, NotFound):
+        return error("layer-missing", where, "the file is not there; every state above it needs it",
+                     f"bring {image.path.name} back to {image.path.parent}")  # fmt: skip
+    codes: dict[type[DiskchainError], str] = {
+        HostileImage: "layer-hostile", UnsupportedDisk: "layer-unsupported", Refused: "layer-unreadable",
+    }  # fmt: skip
+    return error(codes.get(type(problem), "layer-damaged"), where, problem.message,
+                 problem.hint or "bring the right file back")  # fmt: skip
+
+
+def _against_catalog(catalog: Catalog, image: Image, header: Header | None, where: str) -> Iterator[Finding]:
+    below = catalog.images[image.backing] if image.backing else None
+    if header is None:
+        return
+    if (header.backing_name is None) != (below is None) or (below and not _leads_to(image, header, below)):
+        says = below.path if below else "no backing file"
+        remedy = "something else than diskchain changed the chain; see RECOVER.txt"
+        yield error("backing-differs", where, f"it names {header.backing_name!r}, the catalog says {says}", remedy)
+    elif below and header.backing_format != below.fmt:
+        yield error("backing-format-differs", where,
+                    f"it names the format {header.backing_format!r}, the catalog says {below.fmt}",
+                    f"with the VM off: qemu-img rebase -u -f qcow2 -F {below.fmt} -b {below.path} {image.path}")  # fmt: skip
+    if header.virtual_size != image.virtual_size:
+        yield warning("size-differs", where, f"the disk has {size(header.virtual_size)}, the catalog says "
+                      f"{size(image.virtual_size)}", "was it resized? the next snapshot notes the size")  # fmt: skip
+
+
+def _leads_to(image: Image, header: Header, below: Image) -> bool:
+    named = image.path.parent / (header.backing_name or "")
+    with contextlib.suppress(OSError, ValueError):
+        return named == below.path or named.samefile(below.path)
+    return False
+
+
+def _frozen(image: Image, where: str) -> Iterator[Finding]:
+    if image.fingerprint is None:
+        return
+    try:
+        now = fingerprint(image.path, image.fmt)
+    except DiskchainError as problem:
+        yield _unusable(where, image, problem)
+        return
+    differing = sorted(key for key in image.fingerprint if now.get(key) != image.fingerprint[key])
+    if differing:
+        yield error("layer-changed", where, f"it was changed since it was frozen ({', '.join(differing)} differ)",
+                    "something wrote to it or put another file in its place; bring the right file back")  # fmt: skip
+
+
+def _active(seen: Look, catalog: Catalog) -> Iterator[Finding]:
+    """What a running QEMU writes to against the catalog."""
+    if seen.state is None or seen.state.is_off or seen.in_flight or not seen.active:
+        return
+    for target, image_id in catalog.active.items():
+        says, path = seen.active.get(target), catalog.images[image_id].path
+        if says is None:
+            yield error("active-differs", f"{seen.name} {target}", f"QEMU has no such disk, the catalog says {path}",
+                        f"diskchain recover {seen.name}; do not stop the VM before you have a backup from inside")  # fmt: skip
+        elif says != path and not _same(says, path):
+            yield error("active-differs", f"{seen.name} {target}", f"QEMU writes to {says}, the catalog says {path}",
+                        f"diskchain recover {seen.name}; do not stop the VM before you have a backup from inside")  # fmt: skip
+
+
+def _same(one: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return one.samefile(other)
+    return False
+
+
+def _writers(seen: Look, catalog: Catalog) -> Iterator[Finding]:
+    """Somebody writes to a frozen layer, or to any layer of a VM that is off."""
+    active = set(catalog.active.values()) if seen.state is not VMState.STOPPED else set()
+    for image in catalog.images.values():
+        if image.id in active or seen.state is None or not image.path.is_file() or image.path.is_symlink():
+            continue
+        with contextlib.suppress(OSError):
+            if locks.has_writer(image.path):
+                yield error("foreign-writer", f"{image.target} {image.path}",
+                            f"{locks.open_by(image.path)} writes to it", "end that program now; then check again")  # fmt: skip
+
+
+async def _images_inside(host: Host, seen: Look, catalog: Catalog, before: Iterable[Finding]) -> list[Finding]:
+    """`qemu-img check` of every image that QEMU may be shown; no locks of QEMU's are taken."""
+    bad = {f.subject for f in before if f.code.startswith("layer-")}
+    found: list[Finding] = []
+    for image in catalog.images.values():
+        where = f"{image.target} {image.path}"
+        if image.fmt != "raw" and where not in bad:
+            found += await _image_inside(image, where)
+    again = await look(host, seen.name)
+    return found if again.state is VMState.STOPPED and not again.busy else []  # it started meanwhile: they mean nothing
+
+
+async def _image_inside(image: Image, where: str) -> list[Finding]:
+    try:
+        result = await qemu_img.check(qemu_img.unlocked(image.path, image.fmt))
+    except ToolFailed as problem:
+        return [error("image-corrupt", where, problem.message, "bring the file back from a backup")]
+    if result.corruptions:
+        return [error("image-corrupt", where, f"qemu-img check counts {result.corruptions} corruptions",
+                      "back up what can be read, then: qemu-img check -r all (with the VM off)")]  # fmt: skip
+    if result.leaks:
+        return [info("image-leaks", where, f"{result.leaks} clusters are reserved and unused; no data is affected")]
+    return []
+
+
+# -- snapshots ---------------------------------------------------------------------------------------------------------
+
+
+def _snapshot(seen: Look, home: Home, snapshot: Snapshot, deep: bool) -> Iterator[Finding]:
+    subject = f"{seen.name} {snapshot.name}"
+    if {snapshot.id, snapshot.name} & seen.in_flight:
+        return
+    if not snapshot.deleted:
+        try:
+            definition_at(home, snapshot)
+        except DiskchainError as problem:
+            yield error("configuration-unreadable", subject, problem.message, problem.hint)
+    if snapshot.memory.status == "failed":
+        yield info("memory-failed", subject, f"its memory was not saved: {snapshot.memory.reason}")
+    if snapshot.memory.status == "saving":
+        yield warning("memory-unfinished", subject, "its memory is noted as being saved, and nobody saves it",
+                      f"diskchain recover {seen.name}")  # fmt: skip
+    if snapshot.memory.saved and not snapshot.deleted:
+        yield from _memory(home.memory(snapshot.id), snapshot, subject, deep)
+
+
+def _memory(path: Path, snapshot: Snapshot, subject: str, deep: bool) -> Iterator[Finding]:
+    remedy = f"{memory_file.HINT}; or bring the file back"
+    try:
+        status = path.lstat()
+    except OSError as problem:
+        yield error("memory-missing", subject, f"{path}: {problem.strerror}", remedy)
+        return
+    try:
+        if deep:
+            os.close(memory_file.open_verified(path, snapshot.memory.bytes, snapshot.memory.sha256))
+        else:
+            memory_file.verify_outside(path, snapshot.memory.bytes)
+    except (MemoryDamaged, OSError) as problem:
+        yield error("memory-damaged", subject, str(problem), remedy)
+    mode = stat.S_IMODE(status.st_mode)
+    if stat.S_ISREG(status.st_mode) and mode != 0o600:
+        yield warning("memory-mode", subject, f"{path} has mode {mode:o}: guest memory is secrets", f"chmod 600 {path}")
+
+
+def _pending(seen: Look, catalog: Catalog) -> Iterator[Finding]:
+    for snapshot in catalog.pending():
+        tops = [o.path for image_id in snapshot.disks.values() for o in catalog.overlays_on(image_id)]
+        count = 0
+        for path in tops:
+            with contextlib.suppress(DiskchainError):
+                count += files.allocated_bytes(path)
+        yield info("pending-merge", seen.name, f"{snapshot.name!r} is deleted; {size(count)} are to be merged",
+                   f"diskchain merge {seen.name} (when it is off)")  # fmt: skip
+
+
+def all_names(host: Host) -> list[str]:
+    """Return the names of all VMs. Raise RecordDamaged where the state directory can't be read."""
+    try:
+        return host.names()
+    except OSError as problem:
+        raise RecordDamaged(f"{host.machines.dir} can't be read: {problem.strerror}",
+                            hint="run diskchain as the user who owns it") from problem  # fmt: skip

@@ -1,0 +1,148 @@
+"""status: one line a VM, and what an admin should look at. Quick: nothing is read but records, headers of files' sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diskchain.chain.model import Catalog
+from diskchain.chain.rules import (
+    Finding,
+    deep_chains,
+    error,
+    full_volume,
+    info,
+    memory_fits,
+    old_snapshots,
+    stopped_itself,
+)
+from diskchain.drivers.protocol import VMState
+from diskchain.errors import DiskchainError
+from diskchain.host import files
+from diskchain.ops import check
+from diskchain.ops.check import Look
+from diskchain.ops.look import age
+from diskchain.ops.save_memory import space_for
+from diskchain.ops.vm import Host
+from diskchain.store.catalog import Home
+
+
+@dataclass(frozen=True)
+class Status:
+    """One VM. Numbers are None where they can't be read."""
+
+    name: str
+    state: str
+    snapshots: int | None = None
+    oldest_seconds: float | None = None
+    depth: int | None = None
+    used: int | None = None
+    pending: int | None = None
+    free: int | None = None
+    volume: Path | None = None  # a directory on the volume with the least space
+    volume_size: int | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the keys that scripts rely on."""
+        oldest = None if self.oldest_seconds is None else int(self.oldest_seconds)
+        return {"name": self.name, "driver": "qemu", "state": self.state, "snapshots": self.snapshots,
+                "oldest_seconds": oldest, "depth": self.depth, "used": self.used, "pending": self.pending,
+                "free": self.free, "volume": str(self.volume) if self.volume else None, "volume_size": self.volume_size,
+                "findings": [f.to_json() for f in self.findings]}  # fmt: skip
+
+
+async def status(host: Host, name: str) -> Status:
+    """Return how a VM is. Raise NotFound."""
+    seen = await check.look(host, name)
+    found = list(seen.findings)
+    if seen.state is VMState.CRASHED:
+        found.append(error("crashed", seen.name, "the guest has crashed; QEMU stands still",
+                           f"diskchain stop {seen.name} --force, then start"))  # fmt: skip
+    if seen.catalog is None or seen.home is None:
+        return Status(seen.name, _word(seen), findings=found)
+    return _of_catalog(seen, seen.catalog, seen.home, found)
+
+
+def _word(seen: Look) -> str:
+    if seen.registered is None or (seen.catalog is None and seen.state in (None, VMState.STOPPED)):
+        return "damaged"
+    return seen.state.value if seen.state else "unknown"
+
+
+def _of_catalog(seen: Look, catalog: Catalog, home: Home, found: list[Finding]) -> Status:
+    now = time.time()
+    ages = [(s.name, a) for s in catalog.visible() if (a := age(s.created, now)) is not None]
+    depth = max((len(chain) for chain in catalog.active_chains().values()), default=0)
+    volumes = _volumes(catalog, home)
+    found += _missing(catalog)
+    found += old_snapshots(seen.name, ages)
+    found += deep_chains(seen.name, depth)
+    if seen.state is VMState.CRITICAL:
+        found.append(stopped_itself(seen.name, seen.failed, _places(catalog, volumes)))
+    for path, space in volumes.items():
+        found += full_volume(seen.name, path, *space)
+    if seen.state in (VMState.RUNNING, VMState.PAUSED) and (room := _room(home.path)) is not None:
+        found += memory_fits(seen.name, home.disks_dir, room, space_for(seen.memory_bytes))
+    tightest = min(volumes, key=lambda path: volumes[path][0], default=None)
+    free, total = volumes[tightest] if tightest else (0, 0)
+    pending = [o.path for s in catalog.pending() for i in s.disks.values() for o in catalog.overlays_on(i)]
+    if pending:
+        found.append(info("pending-merge", seen.name, f"{len(catalog.pending())} deleted, to be merged",
+                          f"diskchain merge {seen.name} (when it is off)"))  # fmt: skip
+    return Status(
+        seen.name, _word(seen) if not seen.busy else f"{_word(seen)} ({seen.busy.split()[0]})", len(catalog.visible()),
+        max((a for _, a in ages), default=None), depth, _used(catalog, home), sum(map(_taken, pending)),
+        free, tightest, total, found,
+    )  # fmt: skip
+
+
+def _missing(catalog: Catalog) -> list[Finding]:
+    return [
+        error("layer-missing", f"{i.target} {i.path}", "the file is not there; every state above it needs it",
+              f"bring {i.path.name} back to {i.path.parent}")
+        for i in catalog.images.values() if not i.path.exists()
+    ]  # fmt: skip
+
+
+def _used(catalog: Catalog, home: Home) -> int:
+    memory = [home.memory(s.id) for s in catalog.snapshots.values() if s.memory.saved]
+    return sum(_taken(path) for path in [*(i.path for i in catalog.images.values()), *memory])
+
+
+def _taken(path: Path) -> int:
+    try:
+        return files.allocated_bytes(path)
+    except DiskchainError:
+        return 0
+
+
+def _room(path: Path) -> int | None:
+    try:
+        return files.free_bytes(path)
+    except DiskchainError:
+        return None
+
+
+def _volumes(catalog: Catalog, home: Home) -> dict[Path, tuple[int, int]]:
+    """Return free and whole size of each volume that the VM writes to, by one directory on it."""
+    found: dict[int, tuple[Path, tuple[int, int]]] = {}
+    active = [catalog.images[i].path.parent for i in catalog.active.values()]
+    for directory in dict.fromkeys([*active, home.disks_dir]):
+        with contextlib.suppress(OSError):
+            data = os.statvfs(directory)
+            numbers = (data.f_bavail * data.f_frsize, data.f_blocks * data.f_frsize)
+            found.setdefault(directory.stat().st_dev, (directory, numbers))
+    return dict(found.values())
+
+
+def _places(catalog: Catalog, volumes: dict[Path, tuple[int, int]]) -> dict[str, tuple[Path, int]]:
+    places = {}
+    for target, image_id in catalog.active.items():
+        directory = catalog.images[image_id].path.parent
+        places[target] = (directory, _room(directory) or 0)
+    return places
