@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,8 +100,3 @@ def _children_hint(catalog: Catalog, snapshot: Snapshot) -> str:
         if children
         else "delete a branch first"
     )
-
-
-def frozen_needed(catalog: Catalog, snapshot: Snapshot) -> Sequence[str]:
-    """Return the ids of all images that the snapshot's state is made of."""
-    return [image.id for top in snapshot.disks.values() for image in catalog.chain(top)]

@@ -7,7 +7,7 @@ the journal. All methods may raise DriverFailed (refused or died) and Unreachabl
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +171,3 @@ class Driver(Protocol):
 
     def save_owner(self) -> str:
         """Return what identifies the hypervisor process that saves, across our own death."""
-
-
-DriverOpener = Callable[[], Driver]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ from diskchain.host.process import uninterrupted
 from diskchain.ops import create_pause, layers, save_memory
 from diskchain.ops.create_rest import note_frozen, resolve_prepared, undo, wait_for_stray_save
 from diskchain.ops.progress import QUIET, Progress
-from diskchain.ops.vm import VM, new_id, now_utc
+from diskchain.ops.vm import VM, new_id, now_utc, record_configuration
 from diskchain.store import journal
 from diskchain.store.journal import Entry
 
@@ -208,20 +207,11 @@ def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
 
 async def _make_files(vm: VM, prepared: Prepared) -> int | None:
     """Make the snapshot's directory, configuration, memory file and overlays; return the memory file's descriptor."""
-    directory = vm.home.snapshot_dir(prepared.snapshot.id)
-    with files.os_errors(directory, "create"):
-        directory.mkdir(mode=0o700)
-    definition = await vm.driver.live_definition()
-    body = json.dumps({"driver": definition.driver, "text": definition.text})
-    files.write_durably(directory / "machine.json", body.encode())
-    files.fsync_dir(directory.parent)
+    await record_configuration(vm, prepared.snapshot.id)
     await layers.make_overlays(vm.catalog, prepared.overlays)
     if prepared.save == "never":
         return None
-    ram = vm.driver.memory_bytes()
-    xml = save_memory.domain_xml(vm.name, vm.driver.uuid, ram, 1)
-    return await save_memory.make_file(vm.home, prepared.snapshot.id, xml, ram,
-                                       was_running=prepared.state is VMState.RUNNING)  # fmt: skip
+    return await save_memory.make_file(vm, prepared.snapshot.id, was_running=prepared.state is VMState.RUNNING)
 
 
 async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | None) -> Snapshot:

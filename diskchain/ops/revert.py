@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from diskchain.host.fault import point
 from diskchain.ops import layers, save_memory
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.revert_plan import Prepared, Request, prepare, undo_target
-from diskchain.ops.vm import VM, new_id, now_utc, remove_snapshot_dir
+from diskchain.ops.vm import VM, new_id, now_utc, record_configuration, remove_snapshot_dir
 from diskchain.store import journal, memory_file
 from diskchain.store.journal import Entry
 
@@ -109,12 +108,7 @@ def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
 async def _stop(vm: VM, entry: Entry, keep: Snapshot | None, progress: Progress) -> None:
     """Stop the VM where it stands; with its memory if that was asked for."""
     if keep is not None:
-        directory = vm.home.snapshot_dir(keep.id)
-        with files.os_errors(directory, "create"):
-            directory.mkdir(mode=0o700)
-        definition = await vm.driver.live_definition()
-        files.write_durably(directory / "machine.json", json.dumps(asdict(definition)).encode())
-        files.fsync_dir(directory.parent)
+        await record_configuration(vm, keep.id)
         if keep.memory.status == "saving":
             memory = await _save_while_stopped(vm, keep, progress)
             entry.data["keep"]["memory"] = asdict(memory)
@@ -126,14 +120,12 @@ async def _stop(vm: VM, entry: Entry, keep: Snapshot | None, progress: Progress)
 
 async def _save_while_stopped(vm: VM, keep: Snapshot, progress: Progress) -> Memory:
     began = time.monotonic()
-    ram = vm.driver.memory_bytes()
-    xml = save_memory.domain_xml(vm.name, vm.driver.uuid, ram, 1)
-    fd = await save_memory.make_file(vm.home, keep.id, xml, ram, was_running=keep.was == "running")
+    fd = await save_memory.make_file(vm, keep.id, was_running=keep.was == "running")
     try:
         await vm.driver.prepare_memory_save(fd, background=False)
         await vm.driver.pause()
         await vm.driver.start_memory_save(background=False)
-        progress.begin("saving memory", ram)
+        progress.begin("saving memory", vm.driver.memory_bytes())
         while (now := await vm.driver.save_progress()).status == "running":
             progress.update(now.done)
             await asyncio.sleep(0.05)

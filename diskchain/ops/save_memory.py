@@ -35,17 +35,18 @@ def part_of(home: Home, snapshot_id: str) -> Path:
     return home.memory(snapshot_id).with_name("memory.part")
 
 
-async def make_file(home: Home, snapshot_id: str, xml: str, ram: int, *, was_running: bool) -> int:
+async def make_file(vm: VM, snapshot_id: str, *, was_running: bool) -> int:
     """Create the memory file (0600), write its header, reserve its space; return the descriptor at the stream's place.
 
     The space is reserved beyond the end of the file (fallocate --keep-size), so that the file's size always is the end
     of what QEMU wrote, also when we did not live to see it. Raise NoSpace before anything of the VM was touched.
     """
-    fd = files.create_exclusive(part_of(home, snapshot_id))
+    path, ram = part_of(vm.home, snapshot_id), vm.driver.memory_bytes()
+    fd = files.create_exclusive(path)
     try:
-        with files.os_errors(part_of(home, snapshot_id), "write"):
-            memory_file.write_header(fd, xml, was_running=was_running)
-        await _reserve(fd, space_for(ram), part_of(home, snapshot_id))
+        with files.os_errors(path, "write"):
+            memory_file.write_header(fd, _domain_xml(vm.name, vm.driver.uuid, ram), was_running=was_running)
+        await _reserve(fd, space_for(ram), path)
     except BaseException:
         os.close(fd)
         raise
@@ -65,13 +66,13 @@ async def _reserve(fd: int, size: int, path: Path) -> None:
             raise NoSpace(f"no room for the memory: {text_of(size)} are needed", hint="use --disk-only") from error
 
 
-def domain_xml(name: str, uuid: str, ram: int, cpus: int) -> str:
+def _domain_xml(name: str, uuid: str, ram: int) -> str:
     """Return the XML in the header of an embedded machine's memory file: enough for people and tools to identify it.
 
     libvirt can show it (virsh save-image-dumpxml) but not run it: these devices were never libvirt's.
     """
     return (f"<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid><memory unit='b'>{ram}</memory>"
-            f"<vcpu>{cpus}</vcpu><os><type arch='x86_64'>hvm</type></os>"
+            "<os><type arch='x86_64'>hvm</type></os>"
             "<description>saved by diskchain; use: diskchain revert</description></domain>")  # fmt: skip
 
 

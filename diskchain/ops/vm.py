@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
+from dataclasses import asdict
 
 from diskchain.chain.model import Catalog, vm_name
 from diskchain.config import Config
@@ -143,9 +144,14 @@ def refuse_unfinished(vm: VM) -> None:
         raise Unfinished(f"an earlier operation on {vm.name} was interrupted", hint=f"diskchain recover {vm.name}")
 
 
-def console_of(driver: Driver) -> Path | None:
-    """Return the console log of an embedded machine."""
-    return driver.home / "console.log" if isinstance(driver, QemuDriver) else None
+async def record_configuration(vm: VM, snapshot_id: str) -> None:
+    """Make a snapshot's directory, and write into it the configuration that the VM runs with now, durably."""
+    directory = vm.home.snapshot_dir(snapshot_id)
+    with files.os_errors(directory, "create"):
+        directory.mkdir(mode=0o700)
+    definition = await vm.driver.live_definition()
+    files.write_durably(directory / "machine.json", json.dumps(asdict(definition)).encode())
+    files.fsync_dir(directory.parent)
 
 
 def remove_snapshot_dir(vm: VM, snapshot_id: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot
-from diskchain.errors import NoSpace, NotFound, RecordDamaged
+from diskchain.errors import NoSpace, RecordDamaged
 from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.store import record
@@ -106,15 +106,6 @@ def with_reserve(home: Home, write: Any) -> None:
     except NoSpace:
         home.release_reserve()
         write()
-
-
-def exists(home: Home) -> bool:
-    """Whether the VM has a catalog."""
-    try:
-        record.read(home.catalog, "catalog")
-    except NotFound:
-        return False
-    return True
 
 
 def _short(path: Path, root: Path) -> str:

@@ -60,6 +60,19 @@ def snapshot_states(rig: Rig) -> dict[str, str]:
     return {s["name"]: s["state"] for s in rig.ok("list", "vm", "--json").json["snapshots"]}
 
 
+def killed_and_recovered(live: Live, point: str, *args: str) -> list[str]:
+    """Kill a command at a point, recover, let the guest count on; return what is wrong then."""
+    rig, mark, wrong = live.rig, live.console.mark(), []
+    if not rig.killed(*args, at=point):
+        wrong.append("was not reached")
+    answer = rig.run("recover", "vm")
+    if answer.code != 0:
+        wrong.append(f"recover ended with {answer.code}: {answer.err}")
+    live.counts(5)
+    wrong += [*live.console.bad(after=mark), *rig.file_verdict()]
+    return [f"{point}: {w}" for w in wrong]
+
+
 @pytest.mark.timeout(600)
 def test_create_killed_at_every_step_the_guest_counts_on(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL at every point of `create --memory`; the guest must not even notice."""
@@ -67,18 +80,10 @@ def test_create_killed_at_every_step_the_guest_counts_on(live: Live, capsys: pyt
     points = rig.points("create", "vm", "first", "--memory")
     for index, point in enumerate(points):
         mark = live.console.mark()
-        name = f"k{index}"
-        if not rig.killed("create", "vm", name, "--memory", at=point):
-            wrong.append(f"{point}: was not reached")
-        answer = rig.run("recover", "vm")
-        if answer.code != 0:
-            wrong.append(f"{point}: recover ended with {answer.code}: {answer.err}")
-        live.counts(5)
-        wrong += [f"{point}: {line}" for line in live.console.bad(after=mark)]
+        wrong += killed_and_recovered(live, point, "create", "vm", f"k{index}", "--memory")
         wrong += [
             f"{point}: the guest was restarted" for t, line in live.console.lines(mark) if line.startswith("C START")
         ]
-        wrong += [f"{point}: {w}" for w in rig.file_verdict()]
     states = snapshot_states(rig)
     for name, state in states.items():
         if state == "memory":
@@ -112,15 +117,7 @@ def test_revert_killed_at_every_step_ends_in_one_of_two_whole_states(
     points = rig.points("revert", "vm", "s", "-y")
     live.counts()
     for point in points:
-        mark = live.console.mark()
-        if not rig.killed("revert", "vm", "s", "-y", at=point):
-            wrong.append(f"{point}: was not reached")
-        answer = rig.run("recover", "vm")
-        if answer.code != 0:
-            wrong.append(f"{point}: recover ended with {answer.code}: {answer.err}")
-        live.counts(5)
-        wrong += [f"{point}: {line}" for line in live.console.bad(after=mark)]
-        wrong += [f"{point}: {w}" for w in rig.file_verdict()]
+        wrong += killed_and_recovered(live, point, "revert", "vm", "s", "-y")
     with capsys.disabled():
         print(f" [{len(points)} points]", end="")
     assert not wrong, "\n".join(wrong)

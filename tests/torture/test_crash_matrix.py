@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.refusals import grow_tree
 from tests.support.rig import MiB, Rig
 
 KiB = 1024
@@ -48,21 +49,7 @@ CASES = {
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Path]]:
     """A stopped machine with a branched tree, one disk qcow2 and one raw, and a copy of it all."""
     rig = Rig(tmp_path_factory.mktemp("matrix") / "vm", size=8 * MiB, raw=("vdb",))
-    rig.build(guest=False)
-    rig.write(1, 0, MiB)
-    rig.remember("s1")
-    rig.ok("create", "vm", "s1")
-    rig.write(2, 512 * KiB, MiB)
-    rig.remember("s2")
-    rig.ok("create", "vm", "s2")
-    rig.write(3, 2 * MiB, 64 * KiB)
-    rig.remember("before-revert-1")
-    rig.ok("revert", "vm", "s1", "-y")
-    rig.write(4, 256 * KiB, MiB)
-    rig.remember("s3")
-    rig.ok("create", "vm", "s3")
-    rig.write(5, 3 * MiB, 300 * KiB)
-    rig.remember("now")
+    grow_tree(rig)
     rig.expected["s4"] = rig.expected["before-revert-2"] = rig.expected["now"]
     template = rig.save_template()
     yield rig, template
