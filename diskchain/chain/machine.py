@@ -41,6 +41,7 @@ class Machine:
     memory: int
     disks: tuple[DiskSpec, ...]
     uuid: str = ""
+    genid: str = ""  # a new one at each revert, so that the guest knows it; "" = no such device (then old memory loads)
     cpus: int = 1
     accel: str = "auto"
     cpu: str = ""

@@ -85,7 +85,7 @@ def differences(old: Machine, new: Machine) -> list[str]:
     found = []
     a, b = old.to_dict(), new.to_dict()
     for key in a:
-        if key not in ("disks", "nets") and a[key] != b[key]:
+        if key not in ("disks", "nets", "genid") and a[key] != b[key]:
             found.append(f"{key} {_shown(key, a[key])} -> {_shown(key, b[key])}")
     if old.nets != new.nets:
         found.append("network devices differ")

@@ -97,6 +97,9 @@ class Driver(Protocol):
     def differences(self, old: Definition, new: Definition) -> list[str]:
         """Return in words what changes from one configuration to the other."""
 
+    def renewed(self, definition: Definition) -> Definition:
+        """Return the configuration with which a VM goes back in time: its guest can tell that it did (vmgenid)."""
+
     def missing_files(self, definition: Definition) -> list[str]:
         """Return in words what a start with this configuration would not find (kernel, firmware, other version)."""
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,13 @@ class QemuDriver:
     def differences(self, old: Definition, new: Definition) -> list[str]:
         """Compare two machine definitions in words."""
         return differences(_machine_of(old), _machine_of(new))
+
+    def renewed(self, definition: Definition) -> Definition:
+        """A new generation id, where the machine has one: a saved memory loads only into the devices it was saved from."""
+        record = json.loads(definition.text)
+        if record["machine"].get("genid"):
+            record["machine"]["genid"] = str(uuid.uuid4())
+        return replace(definition, text=json.dumps(record))
 
     def missing_files(self, definition: Definition) -> list[str]:
         """Look for the kernel and initrd of a definition."""

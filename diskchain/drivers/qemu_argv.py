@@ -144,6 +144,8 @@ def command_line(
         words += ["-device", f"virtio-serial-pci,id=agentbus,bus={_bus(machine)},addr=0x2"]
         words += ["-chardev", f"socket,id=agent,path={_escaped(run_dir / 'agent.sock')},server=on,wait=off"]
         words += ["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]
+    if machine.genid:
+        words += ["-device", f"vmgenid,id=genid,guid={machine.genid}"]
     words += ["-pidfile", str(run_dir / "pid")]
     words += machine.extra
     if stopped:

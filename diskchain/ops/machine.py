@@ -143,7 +143,16 @@ async def _completed(machine: Machine, known: Registered | None, home: Home) -> 
     kind = machine.machine
     if known and kind in ("q35", "pc") and known.machine.machine.startswith(_PREFIX[kind]):
         kind = known.machine.machine
-    return replace(machine, uuid=uuid, nets=nets, machine=await accel.versioned_machine(kind))
+    return replace(
+        machine, uuid=uuid, genid=_genid(machine, known), nets=nets, machine=await accel.versioned_machine(kind)
+    )
+
+
+def _genid(machine: Machine, known: Registered | None) -> str:
+    """The generation id, kept from before; none where the machine file brings a device of its own."""
+    if any("vmgenid" in word for word in machine.extra):
+        return ""
+    return (known.machine.genid if known else "") or str(uuid_module.uuid4())
 
 
 _PREFIX = {"q35": "pc-q35-", "pc": "pc-i440fx-"}

@@ -161,6 +161,7 @@ async def _switch(vm: VM, entry: Entry) -> None:
     vm.save(replace(catalog, active=active, left=left, keeps=counted))
     point("revert.catalog")
     await vm.driver.define(Definition(**entry.data["definition"]), vm.catalog.active_chains())
+    point("revert.definition")
 
 
 async def _load(vm: VM, entry: Entry, memory: int | None) -> None:

@@ -77,7 +77,7 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         await asyncio.to_thread(_verify_present, vm.catalog, snapshot.name)
     if state.is_off:
         layers.refuse_foreign_writers(vm.catalog)
-    definition = read_definition(vm, snapshot)
+    definition = vm.driver.renewed(read_definition(vm, snapshot))
     missing = vm.driver.missing_files(definition)
     if missing:
         raise Refused(f"the configuration of {snapshot.name!r} can't start: {'; '.join(missing)}",

@@ -309,6 +309,7 @@ def test_definition_survives_define_and_says_what_differs(case: QemuCase) -> Non
         old = driver.definition()
         assert driver.differences(old, old) == []
         assert driver.missing_files(old) == []
+        assert driver.renewed(old) != old and driver.differences(old, driver.renewed(old)) == []
         await driver.define(old, base_chains(case))
         assert driver.definition() == old
 
