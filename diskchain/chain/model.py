@@ -101,6 +101,9 @@ class Catalog:
     left: str | None = None  # the snapshot that `undo` goes back to
     keeps: int = 0  # number of the newest before-revert-N
     targets: tuple[str, ...] = ()  # disk order
+    detached: tuple[
+        str, ...
+    ] = ()  # last layers of disks that the VM had once: kept, active again if the disk comes back
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -119,6 +122,10 @@ class Catalog:
     def active_chains(self) -> dict[str, list[Image]]:
         """Return for each disk its chain, active layer first."""
         return {target: self.chain(image_id) for target, image_id in self.active.items()}
+
+    def detached_on(self, image_id: str) -> str | None:
+        """Given an image, return the last layer of a detached disk whose chain it belongs to, or None."""
+        return next((top for top in self.detached if any(i.id == image_id for i in self.chain(top))), None)
 
     def overlays_on(self, image_id: str) -> list[Image]:
         """Return the images whose backing file is the given one, oldest first."""
@@ -196,6 +203,21 @@ class Catalog:
         active = {**self.active, **{target: image.id for target, image in overlays.items()}}
         return replace(self.with_images(overlays.values()), active=active, current=current)
 
+    def without_disks(self, targets: Iterable[str]) -> Catalog:
+        """Return the catalog of a VM that has these disks no more.
+
+        The last layer of such a disk is kept as detached, unless no snapshot froze anything of its chain and none of it
+        is ours: then the chain is merely let go of.
+        """
+        catalog, gone = self, set(targets)
+        for target in gone:
+            chain = self.chain(self.active[target])
+            if any(image.ours or self.frozen_by(image.id) for image in chain):
+                catalog = replace(catalog, detached=(*catalog.detached, chain[0].id))
+            else:
+                catalog = catalog.without_images(image.id for image in chain)
+        return replace(catalog, active={t: i for t, i in self.active.items() if t not in gone})
+
     def folded(self, target: str, top: str, into: str) -> Catalog:
         """Return the catalog after image `top` was committed into its backing file `into` and is gone.
 
@@ -213,7 +235,8 @@ class Catalog:
             for k, s in self.snapshots.items()
         }
         active = {t: into if i == top else i for t, i in self.active.items()}
-        return replace(self, images=images, snapshots=snapshots, active=active)
+        detached = tuple(into if i == top else i for i in self.detached)
+        return replace(self, images=images, snapshots=snapshots, active=active, detached=detached)
 
 
 _MAX_NAME = 120

@@ -75,6 +75,7 @@ def dangling(catalog: Catalog) -> Iterator[Finding]:
     known, remedy = catalog.images, "bring catalog.json back from a backup; RECOVER.txt beside it lists the chain"
     wrong = [f"{i.id} stands on {i.backing}" for i in known.values() if i.backing and i.backing not in known]
     wrong += [f"{t} writes to {i}" for t, i in catalog.active.items() if i not in known]
+    wrong += [f"a detached disk ends in {i}" for i in catalog.detached if i not in known]
     for s in catalog.snapshots.values():
         wrong += [f"snapshot {s.name!r} froze {i}" for i in s.disks.values() if i not in known]
         wrong += [f"snapshot {s.name!r} follows {s.parent}"] if s.parent and s.parent not in catalog.snapshots else []
@@ -86,6 +87,14 @@ def dangling(catalog: Catalog) -> Iterator[Finding]:
     parents = {s.id: s.parent for s in catalog.snapshots.values()}
     if _has_circle(backings) or _has_circle(parents):
         yield error("catalog-inconsistent", catalog.name, "images or snapshots follow each other in a circle", remedy)
+
+
+def detached(catalog: Catalog) -> Iterator[Finding]:
+    """The last layers of disks that the VM had once."""
+    for image in (catalog.images[i] for i in catalog.detached):
+        yield info("disk-detached", f"{image.target} {image.path}",
+                   f"{catalog.name} has no {image.target} any more; its last layer is kept",
+                   f'to have it again: target = "{image.target}" in the machine file, then machine define')  # fmt: skip
 
 
 def _has_circle(above: Mapping[str, str | None]) -> bool:

@@ -46,6 +46,13 @@ class CreateCommand(click.Command):
     help="With memory, saved while the VM runs; --memory=paused: the VM stands still until it is saved.",
 )
 @click.option("--disk-only", is_flag=True, help="Without memory; a revert boots from it as after a power cut.")
+@click.option(
+    "--skip-disk",
+    "skip",
+    multiple=True,
+    metavar="TARGET",
+    help="Leave a disk out (again for more). The snapshot is partial, and without memory.",
+)
 @click.option("--max-pause", type=Duration(), metavar="TIME", help="Warn of a longer pause (default 500ms).")
 @jobs_option
 @changing_options
@@ -56,6 +63,7 @@ def create(
     description: str,
     memory: str | None,
     disk_only: bool,
+    skip: tuple[str, ...],
     max_pause: float | None,
     jobs: int,
     wait: float | None,
@@ -65,13 +73,16 @@ def create(
     app = context.current()
     if memory and disk_only:
         raise UsageError("--memory and --disk-only contradict each other", hint="give one of them")
+    if memory and skip:
+        raise UsageError("--memory and --skip-disk contradict each other: memory is of no use on other disks",
+                         hint="leave --memory away")  # fmt: skip
     host = context.open_host(app, wait)
     settings = host.config.create
     if settings.memory not in BY_CONFIG:
         raise UsageError(f"create.memory is {settings.memory!r}", hint="auto, always or never")
     save = "never" if disk_only else memory or BY_CONFIG[settings.memory]
     pause = settings.max_pause if max_pause is None else max_pause
-    request = Request("" if name is None else snapshot_name(name), description, save, pause)
+    request = Request("" if name is None else snapshot_name(name), description, save, pause, tuple(dict.fromkeys(skip)))
     work = _plan if dry_run else _create
     many.on_each(app, host, vm, lambda app, name: work(app, host, name, request), jobs=jobs)
 
@@ -111,6 +122,8 @@ def _tell(app: App, vm: VM, snapshot: Snapshot) -> None:
 def _line(vm: VM, snapshot: Snapshot) -> str:
     parts = [f"memory {size(snapshot.memory.bytes)}"] if snapshot.memory.saved else []
     parts.append(f"{len(snapshot.disks)} disk{'' if len(snapshot.disks) == 1 else 's'}")
+    if snapshot.partial:
+        parts.append(f"partial: without {', '.join(snapshot.partial)} and without memory")
     if snapshot.pause_ms is not None:
         parts.append(f"the guest was paused {snapshot.pause_ms:.0f} ms")
     return f"created {snapshot.name!r} of {vm.name}: {', '.join(parts)}"

@@ -119,7 +119,7 @@ def _shown_lines(shown: Shown) -> list[str]:
     fields = [
         ("name", snapshot.name), ("id", snapshot.id), ("created", snapshot.created), ("by", snapshot.by),
         ("description", snapshot.description or "-"), ("parent", view.parent or "-"), ("state", snapshot.state),
-        ("consistency", snapshot.consistency), ("the VM was", snapshot.was),
+        ("consistency", snapshot.consistency), ("skipped", ", ".join(snapshot.partial) or "-"), ("the VM was", snapshot.was),
         ("paused", "-" if snapshot.pause_ms is None else f"{snapshot.pause_ms:.0f} ms"),
         ("protected", "yes" if snapshot.protected else "no"), ("memory", snapshot.memory.status), *_memory(shown),
     ]  # fmt: skip

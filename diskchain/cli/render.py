@@ -104,6 +104,8 @@ def _notes(view: SnapshotView) -> list[str]:
         notes.append("saving memory")
     if memory.status == "failed":
         notes.append(f"memory not saved: {memory.reason}")
+    if snapshot.partial:
+        notes.append(f"partial: without {', '.join(snapshot.partial)}")
     if snapshot.protected:
         notes.append("protected")
     return [*notes, *([snapshot.description] if snapshot.description else [])]

@@ -23,6 +23,14 @@ from diskchain.ops.vm import VM, Host
 @click.option("--discard", is_flag=True, help="Don't keep the present: what was written since is gone.")
 @click.option("--keep-memory", is_flag=True, help="Keep the present with its memory.")
 @click.option("--cold", is_flag=True, help="Boot from the disks, leave the snapshot's memory alone.")
+@click.option(
+    "--config",
+    type=click.Choice(["restore", "keep"]),
+    help="The snapshot's configuration (default), or keep the present one.",
+)
+@click.option(
+    "--only", multiple=True, metavar="TARGET", help="Only this disk goes back (again for more); implies --cold."
+)
 @click.option("--start", is_flag=True, help="Let the VM run afterwards.")
 @click.option("--paused", is_flag=True, help="Leave the VM paused afterwards.")
 @click.option("--stopped", is_flag=True, help="Leave the VM off afterwards.")
@@ -37,6 +45,8 @@ def revert(
     discard: bool,
     keep_memory: bool,
     cold: bool,
+    config: str | None,
+    only: tuple[str, ...],
     start: bool,
     paused: bool,
     stopped: bool,
@@ -51,8 +61,12 @@ def revert(
     keep = "" if keep_as is None else snapshot_name(keep_as)
     if discard and (keep or keep_memory):
         raise UsageError("--discard contradicts --keep-as and --keep-memory", hint="give one of them")
+    if only and config == "restore":
+        raise UsageError(
+            "--only keeps the configuration of now; --config restore contradicts it", hint="give one of them"
+        )
     power = "start" * start + "paused" * paused + "stopped" * stopped
-    request = Request(name, keep, discard, keep_memory, cold, power)
+    request = Request(name, keep, discard, keep_memory, cold, power, tuple(dict.fromkeys(only)), config or "restore")
     _revert_each(vm, request, yes, jobs, wait, dry_run)
 
 

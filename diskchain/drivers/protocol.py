@@ -100,6 +100,9 @@ class Driver(Protocol):
     def renewed(self, definition: Definition) -> Definition:
         """Return the configuration with which a VM goes back in time: its guest can tell that it did (vmgenid)."""
 
+    def disks(self, definition: Definition) -> list[str]:
+        """Return the targets of the disks that a configuration has, in its order."""
+
     def missing_files(self, definition: Definition) -> list[str]:
         """Return in words what a start with this configuration would not find (kernel, firmware, other version)."""
 

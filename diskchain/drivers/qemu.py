@@ -170,6 +170,10 @@ class QemuDriver:
             record["machine"]["genid"] = str(uuid.uuid4())
         return replace(definition, text=json.dumps(record))
 
+    def disks(self, definition: Definition) -> list[str]:
+        """The targets of the machine's disks."""
+        return [disk.target for disk in _machine_of(definition).disks]
+
     def missing_files(self, definition: Definition) -> list[str]:
         """Look for the kernel and initrd of a definition."""
         machine = _machine_of(definition)

@@ -106,6 +106,11 @@ async def commit(
               timeout=None, pass_fds=guard, on_output=progress)  # fmt: skip
 
 
+async def shrink(node: dict[str, Any], virtual_size: int) -> None:
+    """Make an image that we guard smaller: what lies beyond `virtual_size` bytes is discarded. Can be repeated."""
+    await run(["qemu-img", "resize", "-q", "--shrink", _json(node), str(virtual_size)], timeout=None)
+
+
 async def compare(one: dict[str, Any], other: dict[str, Any], *, direct: bool) -> None:
     """Compare two images' guest content, `direct` around the page cache. Raise ChainDamaged when they differ."""
     argv = ["qemu-img", "compare", "-q", *(["-T", "none"] if direct else []), _json(one), _json(other)]

@@ -16,7 +16,7 @@ from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Snapshot
 from diskchain.chain.qcow2 import Header
-from diskchain.chain.rules import Finding, dangling, deep_chains, error, info, warning
+from diskchain.chain.rules import Finding, dangling, deep_chains, detached, error, info, warning
 from diskchain.chain.text import size
 from diskchain.drivers.machines import Registered
 from diskchain.drivers.protocol import VMState
@@ -188,6 +188,7 @@ def _files(host: Host, seen: Look, catalog: Catalog, home: Home, deep: bool) -> 
         for image in catalog.images.values():
             found += _layer(seen, catalog, image)
         found += _writers(seen, catalog)
+    found += detached(catalog)
     found += deep_chains(seen.name, max((len(c) for c in catalog.active_chains().values()), default=0))
     for snapshot in catalog.snapshots.values():
         found += _snapshot(seen, home, snapshot, deep)

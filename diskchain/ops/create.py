@@ -23,7 +23,7 @@ from diskchain.chain.model import Catalog, Image, Memory, MiB, Snapshot, snapsho
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.drivers.protocol import VMState
-from diskchain.errors import BadName, ChainDamaged, DiskchainError, MemoryNotSaved, NoSpace, Refused
+from diskchain.errors import BadName, ChainDamaged, DiskchainError, MemoryNotSaved, NoSpace, NotFound, Refused
 from diskchain.host import files
 from diskchain.host.process import uninterrupted
 from diskchain.ops import create_pause, layers, save_memory
@@ -44,6 +44,7 @@ class Request:
     description: str = ""
     memory: str = "auto"
     max_pause: float = 0.5
+    skip: tuple[str, ...] = ()  # targets that the snapshot does not cover; it has no memory then
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,21 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         raise Refused(f"{vm.name} is {state.value}; a snapshot of it would be of no use",
                       hint=f"put right what stopped it, then: diskchain resume {vm.name}")  # fmt: skip
     name = _free_name(vm.catalog, request.name)
-    await asyncio.to_thread(layers.verify_active, vm.catalog)
+    covered = _covered(vm.catalog, request.skip)
+    for image_id in covered.values():
+        await asyncio.to_thread(layers.verify_chain, vm.catalog, image_id)
     if state.is_off:
         layers.refuse_foreign_writers(vm.catalog)
     else:
         await verify_running(vm)
-    overlays = layers.plan_overlays(vm.catalog, vm.catalog.active)
-    save = await _decide_memory(vm, request.memory, state)
+    overlays = layers.plan_overlays(vm.catalog, covered)
+    save = "never" if request.skip else await _decide_memory(vm, request.memory, state)
     _check_space(vm, overlays, save)
     snapshot = Snapshot(
-        id=new_id(), name=name, created=now_utc(), parent=vm.catalog.current, disks=dict(vm.catalog.active),
+        id=new_id(), name=name, created=now_utc(), parent=vm.catalog.current, disks=covered,
         description=request.description, was=state.value, by=getpass.getuser(), creating=True,
         consistency="off" if state.is_off else "crash",
-        memory=Memory("none" if save == "never" else "saving"),
+        memory=Memory("none" if save == "never" else "saving"), partial=request.skip,
     )  # fmt: skip
     return Prepared(snapshot, overlays, state, save, _plan(vm, snapshot, overlays, state, save))
 
@@ -136,9 +139,25 @@ def _free_name(catalog: Catalog, wanted: str) -> str:
     return next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10000))) if n not in taken)
 
 
+def _covered(catalog: Catalog, skip: tuple[str, ...]) -> dict[str, str]:
+    """Return what is frozen for each disk that is not skipped. Raise NotFound, Refused."""
+    for target in skip:
+        if target not in catalog.active:
+            raise NotFound(f"{catalog.name} has no disk {target}", hint=f"its disks: {', '.join(catalog.active)}")
+    covered = {t: i for t, i in catalog.active.items() if t not in skip}
+    if not covered:
+        raise Refused("every disk is skipped; nothing would be in the snapshot", hint="leave one --skip-disk away")
+    return covered
+
+
 async def verify_running(vm: VM) -> None:
     """Compare what the hypervisor writes to with the catalog. Raise ChainDamaged when they differ."""
-    for target, path in (await vm.driver.active_files()).items():
+    found = await vm.driver.active_files()
+    missing = sorted(set(vm.catalog.active) - set(found))
+    if missing:
+        raise ChainDamaged(f"the running {vm.name} has no disk {', '.join(missing)}, the catalog says it has",
+                           hint="was a machine define cut off? repeat it, with the VM off")  # fmt: skip
+    for target, path in found.items():
         known = vm.catalog.active.get(target)
         if known is None or vm.catalog.images[known].path != path:
             raise ChainDamaged(f"{target} of {vm.name} writes to {path}, the catalog says "
@@ -184,6 +203,7 @@ def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMSt
     if state is VMState.RUNNING:
         steps.insert(0, "pause the VM (milliseconds)" if save != "paused" else "pause the VM until its memory is saved")
         steps.append("resume the VM")
+    steps += [f"{target}: skipped; it is not in the snapshot, nor is memory" for target in snapshot.partial]
     if save != "never":
         steps.append(f"save up to {size(ram)} of memory" + (" while the VM runs" if save == "background" else ""))
     need = METADATA * len(overlays) + (save_memory.space_for(ram) if save != "never" else 0)

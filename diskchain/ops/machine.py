@@ -28,6 +28,7 @@ from diskchain.errors import (
     VMRunning,
 )
 from diskchain.host import files
+from diskchain.host.fault import point
 from diskchain.host.locks import vm_lock
 from diskchain.ops import sharers
 from diskchain.ops.approve import approve_chain, fingerprint
@@ -60,12 +61,33 @@ async def define(host: Host, file: Path) -> Defined:
     home = _home_of(host, machine, known, chains)
     machine = await _completed(machine, known, home)
     _next_catalog(host, machine, home, chains)
+    await _refuse_other_disks_while_on(host, known, machine)
     with files.os_errors(home.path, "create"):
         home.make()
     with vm_lock(home.lock, f"define {machine.name}", wait=host.config.wait):
-        catalog_store.save(home, _next_catalog(host, machine, home, chains))
+        catalog = _next_catalog(host, machine, home, chains)
+        catalog_store.save(home, _both(home, catalog))
+        point("define.catalog")
         host.machines.put(Registered(machine, home.path, str(file.absolute())))
+        point("define.definition")
+        catalog_store.save(home, catalog)
     return Defined(machine, home.path, known is not None)
+
+
+def _both(home: Home, new: Catalog) -> Catalog:
+    """Return the catalog for the moment between: with the disks of before and of afterwards.
+
+    Whichever definition a kill leaves, all its disks have an active layer, and a second define finishes the change.
+    """
+    try:
+        old = catalog_store.load(home)
+    except NotFound:
+        return new
+    gone = {t: i for t, i in old.active.items() if t not in new.active}
+    if not gone:
+        return new
+    detached = tuple(i for i in new.detached if i not in gone.values())
+    return replace(new, images={**old.images, **new.images}, active={**gone, **new.active}, detached=detached)
 
 
 def parse(file: Path) -> Machine:
@@ -170,19 +192,46 @@ def _next_catalog(host: Host, machine: Machine, home: Home, chains: dict[str, li
     catalog = _catalog_of(host, machine, home)
     for disk in machine.disks:
         _refuse_foreign(host, machine, chains[disk.target])
-    known = {t for t in (d.target for d in machine.disks) if t in catalog.active}
+    targets = tuple(d.target for d in machine.disks)
+    known = {t for t in targets if t in catalog.active}
     for target in known:
         _refuse_other_chain(catalog, target, chains[target][0])
-    changed = {d.target for d in machine.disks} ^ set(catalog.active)
-    if changed and catalog.snapshots:
-        raise Refused(f"{machine.name} has snapshots; {', '.join(sorted(changed))} can't be added or removed now",
-                      hint="delete the snapshots first, or keep the disks as they are")  # fmt: skip
-    for disk in machine.disks:
-        if disk.target not in known:
-            catalog = _with_chain(catalog, disk.target, chains[disk.target])
-    targets = tuple(d.target for d in machine.disks)
+    catalog = catalog.without_disks(set(catalog.active) - known)
+    for target in (t for t in targets if t not in known):
+        if catalog.image_at(chains[target][0].path):
+            catalog = _attached_again(catalog, target, chains[target][0])
+        else:
+            catalog = _with_chain(catalog, target, chains[target])
     active = {t: catalog.active[t] for t in targets}
     return replace(catalog, name=machine.name, targets=targets, active=active)
+
+
+async def _refuse_other_disks_while_on(host: Host, known: Registered | None, machine: Machine) -> None:
+    """Raise VMRunning when disks are added or removed under a running VM: its QEMU would write to others than we say."""
+    if known is None or [d.target for d in known.machine.disks] == [d.target for d in machine.disks]:
+        return
+    driver = QemuDriver(known, host.machines, host.config.run_dir, socket="info")
+    try:
+        if not (await driver.state()).is_off:
+            raise VMRunning(f"{machine.name} is on; disks are added and removed while it is off",
+                            hint=f"diskchain stop {machine.name}")  # fmt: skip
+    finally:
+        await driver.close()
+
+
+def _attached_again(catalog: Catalog, target: str, top: ApprovedImage) -> Catalog:
+    """A disk comes back that the VM had before: it goes on with its last layer. Raise Refused, UsageError."""
+    image = catalog.image_at(top.path)
+    assert image
+    if any(i.id == image.id for chain in catalog.active_chains().values() for i in chain):
+        raise UsageError(f"{top.path} is used by two disks of {catalog.name}")
+    last = catalog.detached_on(image.id)
+    if last is None or image.target != target:
+        where = f"the last layer of its {image.target}" if last else "frozen by a snapshot"
+        raise Refused(f"{top.path} belongs to the chains of {catalog.name} already, {where}",
+                      hint=f'target = "{image.target}", or revert to the snapshot that has it; or use a copy')  # fmt: skip
+    detached = tuple(i for i in catalog.detached if i != last)
+    return replace(catalog, active={**catalog.active, target: last}, detached=detached)
 
 
 def _catalog_of(host: Host, machine: Machine, home: Home) -> Catalog:

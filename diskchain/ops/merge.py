@@ -22,6 +22,7 @@ from diskchain.host import files, qemu_img
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
 from diskchain.ops.allocation import allocated, raw_extents
+from diskchain.ops.approve import approve_chain
 from diskchain.ops.progress import Progress
 
 
@@ -66,6 +67,7 @@ async def fold(fold: Fold, guard: ImageGuard, index: int, *, unclean: bool, prog
     finally:
         progress.end()
     point("merge.committed")
+    await _fit(fold, into)
     guard.sync(index)
     result = await qemu_img.check(into, direct=direct)
     if result.corruptions:
@@ -75,6 +77,16 @@ async def fold(fold: Fold, guard: ImageGuard, index: int, *, unclean: bool, prog
     return Merged(
         fold.target, str(fold.top.path), str(fold.into.path), size, round(time.monotonic() - began, 3), fold.method
     )
+
+
+async def _fit(fold: Fold, into: dict[str, Any]) -> None:
+    """A disk that was made smaller above its base: commit leaves the base as long as it was, and what lies beyond the
+    overlay's end would show in the VM again. (A larger overlay makes commit grow the base.)
+    """
+    wanted, there = (approve_chain(i.path, i.fmt)[0].virtual_size for i in (fold.top, fold.into))
+    if there > wanted:
+        await qemu_img.shrink(into, wanted)
+        point("merge.shrunk")
 
 
 async def make_whole(fold: Fold, guard: ImageGuard, index: int) -> None:

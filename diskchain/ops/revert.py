@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -95,7 +95,11 @@ def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
         "name": prepared.snapshot.name,
         "keep": asdict(prepared.keep) if prepared.keep else None,
         "before": {"active": dict(vm.catalog.active), "current": vm.catalog.current, "left": vm.catalog.left,
-                   "keeps": vm.catalog.keeps, "definition": asdict(old)},
+                   "keeps": vm.catalog.keeps, "targets": list(vm.catalog.targets),
+                   "detached": list(vm.catalog.detached), "definition": asdict(old)},
+        "targets": vm.driver.disks(prepared.definition),
+        "stays": dict(prepared.disks.stays),
+        "current": prepared.disks.current or (prepared.keep.id if prepared.keep else None),
         "definition": asdict(prepared.definition),
         "overlays": {t: {"id": i.id, "path": str(i.path), "on": i.backing, "size": i.virtual_size}
                      for t, i in prepared.overlays.items()},
@@ -155,13 +159,22 @@ async def _switch(vm: VM, entry: Entry) -> None:
         snapshot = Snapshot(**{**keep, "memory": Memory(**keep["memory"]), "partial": tuple(keep["partial"])})
         catalog = layers.freeze(catalog.with_snapshot(snapshot), snapshot.disks.values())
         left = snapshot.id
-    catalog = catalog.switched_to(_overlays(vm, entry), entry.data["snapshot"])
-    active = {t: i for t, i in catalog.active.items() if t in entry.data["overlays"]}
+    catalog = catalog.switched_to(_overlays(vm, entry), entry.data["current"])
+    tops = {**entry.data["stays"], **{t: o["id"] for t, o in entry.data["overlays"].items()}}
+    active = {t: tops[t] for t in entry.data["targets"]}
     counted = before["keeps"] + (1 if keep and keep["automatic"] else 0)
-    vm.save(replace(catalog, active=active, left=left, keeps=counted))
+    vm.save(replace(catalog, active=active, left=left, keeps=counted, targets=tuple(active),
+                    detached=_detached(entry, active, keep)))  # fmt: skip
     point("revert.catalog")
     await vm.driver.define(Definition(**entry.data["definition"]), vm.catalog.active_chains())
     point("revert.definition")
+
+
+def _detached(entry: Entry, active: Mapping[str, str], keep: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The last layers of disks that the VM has no more; those of a kept present are that snapshot's."""
+    before = entry.data["before"]
+    gone = [] if keep else [i for t, i in before["active"].items() if t not in active]
+    return tuple(i for i in dict.fromkeys((*before["detached"], *gone)) if i not in active.values())
 
 
 async def _load(vm: VM, entry: Entry, memory: int | None) -> None:
@@ -194,11 +207,12 @@ async def finish(vm: VM, entry: Entry) -> None:
 
 
 def _discarded(catalog: Catalog, entry: Entry) -> list[str]:
-    """Return the former active layers that we made and that nothing stands on."""
+    """Return the former active layers of disks that went back, those that we made and that nothing stands on."""
     return [
         i
-        for i in entry.data["before"]["active"].values()
-        if i in catalog.images
+        for t, i in entry.data["before"]["active"].items()
+        if t in entry.data["overlays"]
+        and i in catalog.images
         and catalog.images[i].ours
         and not catalog.overlays_on(i)
         and catalog.frozen_by(i) is None
@@ -236,7 +250,8 @@ async def undo(vm: VM, entry: Entry) -> None:
     snapshots = {k: s for k, s in vm.catalog.snapshots.items() if not keep or k != keep["id"]}
     catalog = replace(vm.catalog.without_images([i.id for i in overlays.values()]), snapshots=snapshots,
                       active=before["active"], current=before["current"], left=before["left"],
-                      keeps=before["keeps"])  # fmt: skip
+                      keeps=before["keeps"], targets=tuple(before["targets"]),
+                      detached=tuple(before["detached"]))  # fmt: skip
     catalog = catalog.with_images(replace(catalog.images[i], fingerprint=None) for i in before["active"].values())
     await vm.driver.define(Definition(**before["definition"]), catalog.active_chains())
     vm.save(catalog)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot, snapshot_name
-from diskchain.chain.plan import Plan
+from diskchain.chain.plan import Plan, RevertDisks, plan_revert_disks
 from diskchain.chain.text import size
 from diskchain.drivers.protocol import Definition, VMState
 from diskchain.errors import (
@@ -37,6 +37,8 @@ class Request:
     keep_memory: bool = False
     cold: bool = False
     power: str = ""
+    only: tuple[str, ...] = ()  # only these disks go back; implies cold and the configuration of now
+    config: str = "restore"  # restore | keep
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Prepared:
     """What is decided before anything changes."""
 
     snapshot: Snapshot
+    disks: RevertDisks
     overlays: dict[str, Image]
     state: VMState
     keep: Snapshot | None
@@ -70,25 +73,45 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     """
     snapshot = vm.catalog.find(request.name)
     state = await vm.driver.state()
-    with_memory = snapshot.memory.saved and not request.cold
-    for image_id in snapshot.disks.values():
+    with_memory = snapshot.memory.saved and not request.cold and not request.only
+    definition, changes = _configuration(vm, snapshot, request, with_memory)
+    disks = plan_revert_disks(
+        vm.catalog, snapshot, vm.driver.disks(definition), request.only, keeps=not request.discard
+    )
+    for image_id in (*(snapshot.disks[t] for t in disks.covered), *disks.stays.values()):
         await asyncio.to_thread(layers.verify_chain, vm.catalog, image_id)
     if not request.discard:
         await asyncio.to_thread(_verify_present, vm.catalog, snapshot.name)
     if state.is_off:
         layers.refuse_foreign_writers(vm.catalog)
-    definition = vm.driver.renewed(read_definition(vm, snapshot))
+    definition = vm.driver.renewed(definition)
     missing = vm.driver.missing_files(definition)
     if missing:
         raise Refused(f"the configuration of {snapshot.name!r} can't start: {'; '.join(missing)}",
                       hint="bring the files back")  # fmt: skip
     keep = None if request.discard else _keep(vm.catalog, request, state)
-    overlays = layers.plan_overlays(vm.catalog, snapshot.disks)
+    overlays = layers.plan_overlays(vm.catalog, disks.on)
     _check_space(vm, overlays, keep)
     power = request.power.replace("start", "running") or _usual_power(snapshot, with_memory, state)
-    changes = vm.driver.differences(vm.driver.definition(), definition)
-    plan = _plan(vm, snapshot, state, keep, with_memory, power, changes)
-    return Prepared(snapshot, overlays, state, keep, with_memory, power, definition, plan, changes)
+    plan = _plan(vm, snapshot, disks, state, keep, with_memory, power, changes)
+    return Prepared(snapshot, disks, overlays, state, keep, with_memory, power, definition, plan, changes)
+
+
+def _configuration(vm: VM, snapshot: Snapshot, request: Request, with_memory: bool) -> tuple[Definition, list[str]]:
+    """Return the configuration of afterwards, and in words what changes by it.
+
+    Raise Refused when the present one is to be kept with memory that was saved under another.
+    """
+    if request.only:
+        return vm.driver.definition(), []
+    then = read_definition(vm, snapshot)
+    changes = vm.driver.differences(vm.driver.definition(), then)
+    if request.config == "restore" or not changes:
+        return then, changes
+    if with_memory:
+        raise Refused(f"the memory of {snapshot.name!r} loads only into the configuration it was saved with "
+                      f"({'; '.join(changes)})", hint="leave --config keep away, or add --cold")  # fmt: skip
+    return vm.driver.definition(), []
 
 
 def _verify_present(catalog: Catalog, going_to: str) -> None:
@@ -147,13 +170,14 @@ def _usual_power(snapshot: Snapshot, with_memory: bool, state: VMState) -> str:
     return {VMState.STOPPED: "stopped", VMState.PAUSED: "paused"}.get(state, "running")
 
 
-def _plan(vm: VM, snapshot: Snapshot, state: VMState, keep: Snapshot | None, with_memory: bool, power: str,
-          changes: list[str]) -> Plan:  # fmt: skip
+def _plan(vm: VM, snapshot: Snapshot, disks: RevertDisks, state: VMState, keep: Snapshot | None, with_memory: bool,
+          power: str, changes: list[str]) -> Plan:  # fmt: skip
     source = f"memory of {snapshot.created}" if with_memory else "its disks" if power != "stopped" else ""
     steps = [f"{state.value}" + (" -> stopped (not shut down)" if not state.is_off else "") + f" -> {power}"
              + (f" from {source}" if source else "")]  # fmt: skip
     lost = []
-    written = sum(_allocated(vm.catalog.images[i].path) for i in vm.catalog.active.values())
+    gone = disks.covered if keep is None else tuple(vm.catalog.active)
+    written = sum(_allocated(vm.catalog.images[i].path) for t, i in vm.catalog.active.items() if t in gone)
     if keep is None:
         lost.append(f"the present ({size(written)} of writes) is discarded")
     elif keep.memory.status == "saving":
@@ -162,9 +186,16 @@ def _plan(vm: VM, snapshot: Snapshot, state: VMState, keep: Snapshot | None, wit
         steps.append(f"the present ({size(written)} of writes since) is kept as {keep.name}, disk only, 0 extra bytes")
         if not state.is_off:
             lost.append("the programs that run now (the kept present is like after a power cut)")
+    if disks.left_alone:
+        steps.append(
+            f"{', '.join(disks.left_alone)} left as now; only {', '.join(disks.covered) or 'nothing'} goes back"
+        )
+    unused = [t for t in snapshot.disks if t not in disks.on]
+    if unused:
+        steps.append(f"{', '.join(unused)} of the snapshot left out: the configuration of now has no such disk")
     if changes:
         steps.append("configuration goes back: " + "; ".join(changes))
-    return Plan(f"{vm.name}: revert to {snapshot.name!r}", tuple(steps), space_needed=METADATA * len(snapshot.disks),
+    return Plan(f"{vm.name}: revert to {snapshot.name!r}", tuple(steps), space_needed=METADATA * len(disks.on),
                 downtime_estimate_s=2.0 if not state.is_off else 0.0, lost=tuple(lost),
                 point_of_no_return="when the VM runs on the new overlays")  # fmt: skip
 

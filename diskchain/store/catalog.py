@@ -125,7 +125,8 @@ def _from_json(body: dict[str, Any], root: Path) -> Catalog:
         k: Snapshot(**{**v, "memory": Memory(**v["memory"]), "partial": tuple(v["partial"])})
         for k, v in body["snapshots"].items()
     }
-    return Catalog(**{**body, "images": images, "snapshots": snapshots, "targets": tuple(body["targets"])})
+    lists = {key: tuple(body.get(key, ())) for key in ("targets", "detached")}
+    return Catalog(**{**body, "images": images, "snapshots": snapshots, **lists})
 
 
 def recover_text(home: Home, catalog: Catalog) -> str:
@@ -136,6 +137,10 @@ def recover_text(home: Home, catalog: Catalog) -> str:
         "",
         "The present: let the VM's disks point to",
         *(f"  {t}: {catalog.images[i].path}" for t, i in catalog.active.items()),
+        *(
+            f"  (detached: {catalog.images[i].target}, its last layer {catalog.images[i].path})"
+            for i in catalog.detached
+        ),
         "",
         "Should a reference to a backing file be lost, these commands restore it (with the VM off):",
         *(
