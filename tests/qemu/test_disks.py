@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.console import Console
 from tests.support.refusals import refused, unchanged
 from tests.support.rig import MiB, Rig
 
@@ -316,3 +317,46 @@ def test_resized_disks_revert_undo_and_merge(rig: Rig, sizes: tuple[int, int]) -
     rig.ok("delete", "vm", "s1", "-y")
     assert {virtual_size(rig, p) for p in rig.active().values()} == {second}
     assert rig.verdict(present="now") == []
+
+
+# -- on a running guest ------------------------------------------------------------------------------------------------
+
+
+def test_running_guest_partial_only_and_config_keep(tmp_path: Path) -> None:
+    """One disk of two is switched under a counting guest; one goes back alone; memory insists on its configuration."""
+    rig = Rig(tmp_path / "vm")
+    rig.build(guest=True)
+    try:
+        rig.ok("start", "vm")
+        with Console(rig.console()) as console:
+            console.wait(r"^C 30 bad=")
+            rig.ok("create", "vm", "m1", "--memory")
+            vdb = rig.active()["vdb"]
+            made = rig.ok("create", "vm", "part", "--skip-disk", "vdb", "--json").json["snapshot"]
+            assert made["partial"] == ["vdb"] and made["state"] == "disk" and made["memory"]["status"] == "none"
+            assert rig.active()["vdb"] == vdb
+            now = console.counter() or 0
+            console.wait(rf"^C {now + 100} bad=0")
+            mark = console.mark()
+            rig.ok("revert", "vm", "m1", "--only", "vda", "-y")
+            torn = console.wait(r"^C START TORN vda=(\d+) vdb=(\d+)", after=mark)
+            assert int(torn[1]) < now < int(torn[2])
+            rig.ok("stop", "vm")
+            text = (rig.dir / "vm.toml").read_text()
+            (rig.dir / "vm.toml").write_text(text.replace("128 MiB", "192 MiB"))
+            rig.ok("machine", "define", str(rig.dir / "vm.toml"))
+            refused(rig, "revert", "vm", "m1", "--config", "keep", "-y", code=6, says="--cold")
+            mark = console.mark()
+            rig.ok("revert", "vm", "m1", "--config", "keep", "--cold", "--start", "-y")
+            console.wait(r"^C START \d+", after=mark)
+            assert rig.ok("machine", "list", "--json").json["machines"][0]["memory"] == 192 * MiB
+            mark = console.mark()
+            rig.ok("revert", "vm", "m1", "-y")
+            console.wait(r"^C \d+ bad=0", after=mark)
+            assert console.bad(after=mark) == []
+            assert not [line for _, line in console.lines(mark) if line.startswith("C START")]
+            assert rig.ok("machine", "list", "--json").json["machines"][0]["memory"] == 128 * MiB
+            rig.ok("undo", "vm", "-y")
+            assert rig.ok("machine", "list", "--json").json["machines"][0]["memory"] == 192 * MiB
+    finally:
+        rig.destroy()

@@ -38,6 +38,9 @@ CASES = {
     "create": Case(("create", "vm", "s4"), ("now",), 14, done=("s4",)),
     "revert": Case(("revert", "vm", "s2", "-y"), ("now", "s2"), 17, done=("before-revert-2",)),
     "revert-discard": Case(("revert", "vm", "s2", "--discard", "-y"), ("now", "s2"), 17),
+    "revert-only": Case(("revert", "vm", "s2", "--only", "vdb", "-y"), ("now", "mix"), 17, done=("before-revert-2",)),
+    "revert-only-discard": Case(("revert", "vm", "s2", "--only", "vdb", "--discard", "-y"), ("now", "mix"), 17),
+    "create-partial": Case(("create", "vm", "s4", "--skip-disk", "vdb"), ("now",), 14, done=("s4",)),
     "undo": Case(("undo", "vm", "-y"), ("now", "before-revert-1"), 17, done=("before-revert-2",)),
     "delete-leaf": Case(("delete", "vm", "before-revert-1", "-y"), ("now",), 10, gone=("before-revert-1",)),
     "delete-into-now": Case(("delete", "vm", "s3", "-y"), ("now",), 20, gone=("s3",)),
@@ -51,6 +54,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Path]]
     rig = Rig(tmp_path_factory.mktemp("matrix") / "vm", size=8 * MiB, raw=("vdb",))
     grow_tree(rig)
     rig.expected["s4"] = rig.expected["before-revert-2"] = rig.expected["now"]
+    rig.expected["mix"] = {"vda": rig.expected["now"]["vda"], "vdb": rig.expected["s2"]["vdb"]}
     template = rig.save_template()
     yield rig, template
     rig.destroy()

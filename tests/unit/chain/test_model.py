@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diskchain.chain.model import Catalog, Image, Snapshot, snapshot_name
-from diskchain.chain.plan import plan_delete
-from diskchain.errors import BadName, ChainDamaged, HasChildren, NotFound, Protected
+from diskchain.chain.model import Catalog, Image, MiB, Snapshot, snapshot_name
+from diskchain.chain.plan import plan_delete, plan_revert_disks
+from diskchain.errors import BadName, ChainDamaged, HasChildren, NotFound, Protected, Refused
 
 
 def image(key: str, backing: str | None, *, ours: bool = True) -> Image:
@@ -105,3 +106,56 @@ def test_any_name_is_taken_or_refused_and_never_holds_a_control_character(text: 
     except BadName:
         return
     assert name and "/" not in name and all(ord(c) >= 32 for c in name)
+
+
+def catalog_of(**changes: object) -> Catalog:
+    """vda: a <- a2 (active), vdb: b <- b2 (active); S froze a and b, P froze a only (partial)."""
+    images = {
+        i: Image(i, Path(f"/vm/{i}.qcow2"), "qcow2", target, MiB, backing, ours=backing is not None)
+        for i, target, backing in (("a", "vda", None), ("a2", "vda", "a"), ("b", "vdb", None), ("b2", "vdb", "b"))
+    }
+    snapshots = {
+        "s": Snapshot("s", "s", "", None, {"vda": "a", "vdb": "b"}),
+        "p": Snapshot("p", "p", "", "s", {"vda": "a"}, partial=("vdb",)),
+    }
+    catalog = Catalog("u", "vm", images, {"vda": "a2", "vdb": "b2"}, snapshots, "s", targets=("vda", "vdb"))
+    return replace(catalog, **changes)  # type: ignore[arg-type]
+
+
+def test_revert_disks_of_a_whole_snapshot_go_back() -> None:
+    """Every disk gets an overlay on what the snapshot froze."""
+    catalog = catalog_of()
+    plan = plan_revert_disks(catalog, catalog.snapshots["s"], ["vda", "vdb"], [], keeps=True)
+    assert plan.on == {"vda": "a", "vdb": "b"} and not plan.stays and plan.current == "s" and not plan.left_alone
+
+
+@pytest.mark.parametrize(("keeps", "on", "stays"), [
+    (True, {"vda": "a", "vdb": "b2"}, {}), (False, {"vda": "a"}, {"vdb": "b2"}),
+])  # fmt: skip
+def test_revert_disks_that_stay_depend_on_whether_the_present_is_kept(
+    keeps: bool, on: dict[str, str], stays: dict[str, str]
+) -> None:
+    """A kept present freezes their layers, so they need overlays of their own; a discarded one does not."""
+    catalog = catalog_of()
+    for name, only in (("p", []), ("s", ["vda"])):
+        plan = plan_revert_disks(catalog, catalog.snapshots[name], ["vda", "vdb"], only, keeps=keeps)
+        assert (plan.on, plan.stays, plan.left_alone) == (on, stays, ["vdb"])
+    assert plan.current == (None if keeps else "s")
+
+
+def test_revert_disks_attach_a_detached_layer_that_the_snapshot_skipped() -> None:
+    """Its configuration has vdb; the VM has not; one detached layer: that; none: refused."""
+    catalog = catalog_of().without_disks(["vdb"])
+    assert catalog.active == {"vda": "a2"} and catalog.detached == ("b2",)
+    plan = plan_revert_disks(catalog, catalog.snapshots["p"], ["vda", "vdb"], [], keeps=True)
+    assert plan.stays == {"vdb": "b2"}
+    with pytest.raises(Refused):
+        plan_revert_disks(replace(catalog, detached=()), catalog.snapshots["p"], ["vda", "vdb"], [], keeps=True)
+
+
+def test_without_disks_lets_go_of_what_is_neither_ours_nor_frozen() -> None:
+    """An imported disk of which no snapshot knows anything leaves no trace; detached ones follow a merge."""
+    catalog = catalog_of(snapshots={}, current=None)
+    alone = replace(catalog, images={k: replace(i, ours=False) for k, i in catalog.images.items()})
+    assert set(alone.without_disks(["vdb"]).images) == {"a", "a2"} and not alone.without_disks(["vdb"]).detached
+    assert catalog_of().without_disks(["vdb"]).folded("vdb", "b2", "b").detached == ("b",)
