@@ -40,7 +40,7 @@ CASES = {
     "revert-discard": Case(("revert", "vm", "s2", "--discard", "-y"), ("now", "s2"), 17),
     "revert-only": Case(("revert", "vm", "s2", "--only", "vdb", "-y"), ("now", "mix"), 17, done=("before-revert-2",)),
     "revert-only-discard": Case(("revert", "vm", "s2", "--only", "vdb", "--discard", "-y"), ("now", "mix"), 17),
-    "create-partial": Case(("create", "vm", "s4", "--skip-disk", "vdb"), ("now",), 14, done=("s4",)),
+    "create-partial": Case(("create", "vm", "s4", "--skip-disk", "vdb"), ("now",), 13, done=("s4",)),
     "undo": Case(("undo", "vm", "-y"), ("now", "before-revert-1"), 17, done=("before-revert-2",)),
     "delete-leaf": Case(("delete", "vm", "before-revert-1", "-y"), ("now",), 10, gone=("before-revert-1",)),
     "delete-into-now": Case(("delete", "vm", "s3", "-y"), ("now",), 20, gone=("s3",)),
