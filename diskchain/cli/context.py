@@ -63,7 +63,7 @@ def _how_it_stands(vm: VM) -> str:
 
 async def settle(app: App, host: Host, vm: VM) -> None:
     """Resolve what was interrupted on a VM whose lock we hold, and say so."""
-    found = await recover.recover(vm, host.machines, progress(app))
+    found = await recover.recover(vm, progress(app))
     if found:
         note(app, f"an interrupted {found.op} of {found.name!r} was {found.outcome} first")
 

@@ -58,7 +58,7 @@ async def _delete(
             context.show_plan(app, _with_power(vm, plan, is_on, restart))
             return
         if not (is_on and restart):
-            await ops.check(vm, host.machines, deletions)
+            await ops.check(vm, deletions)
         plan = _with_power(vm, plan, is_on, restart)
     ids = [deletion.snapshot.id for deletion in deletions]
     context.confirm(app, plan, "Delete?", yes=yes, about=ids)
@@ -80,12 +80,12 @@ def _with_power(vm: VM, plan: Plan, is_on: bool, restart: bool) -> Plan:
 async def _restarting(app: App, host: Host, vm: VM, ids: Sequence[str]) -> list[Merged]:
     """Stop, delete, start again; it is started whatever becomes of the delete."""
     progress = context.progress(app)
-    stopped = await power.stop(vm, host.machines, progress, timeout=host.config.stop.timeout, merge=False)
+    stopped = await power.stop(vm, progress, timeout=host.config.stop.timeout, merge=False)
     try:
         return await _delete_all(app, host, vm, ids)
     finally:
         if stopped.changed:
-            await power.start(vm, host.machines, progress)
+            await power.start(vm, progress)
 
 
 async def _delete_all(app: App, host: Host, vm: VM, ids: Sequence[str]) -> list[Merged]:
@@ -96,7 +96,7 @@ async def _delete_all(app: App, host: Host, vm: VM, ids: Sequence[str]) -> list[
         if snapshot_id not in vm.catalog.snapshots:
             raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")
         deletion = plan_delete(vm.catalog, vm.catalog.find(snapshot_id))
-        await ops.check(vm, host.machines, [deletion])
+        await ops.check(vm, [deletion])
         merged += await ops.delete(vm, deletion, context.progress(app))
     return merged
 
@@ -163,7 +163,7 @@ async def _merge(app: App, host: Host, name: str) -> tuple[dict[str, Any], list[
         if vm.catalog.pending() and not (await vm.driver.state()).is_off:
             raise VMRunning(f"{vm.name} is on; a merge needs it to be off", hint=f"diskchain stop {vm.name}")
     async with context.changing(app, host, name, "merge") as vm:
-        merged = await ops.merge_pending(vm, host.machines, context.progress(app))
+        merged = await ops.merge_pending(vm, context.progress(app))
         body = {"vm": vm.name, "deferred": False, "merged": [asdict(m) for m in merged],
                 "pending": [s.name for s in vm.catalog.pending()]}  # fmt: skip
         return body, [f"{vm.name}: {len(merged)} layers merged", *map(render.merged_line, merged)]

@@ -42,7 +42,7 @@ async def _start(app: App, host: Host, name: str, paused: bool, dry_run: bool) -
             _tell(app, vm.name, before.value, changed=False)
             return
     async with host.change(name, "start") as vm:
-        changed = await power.start(vm, host.machines, context.progress(app), paused=paused)
+        changed = await power.start(vm, context.progress(app), paused=paused)
         _tell(app, vm.name, (await vm.driver.state()).value, changed=changed)
 
 
@@ -95,7 +95,7 @@ async def _stop(
     else:
         killed = False
     async with host.change(name, "stop") as vm:
-        done = await power.stop(vm, host.machines, context.progress(app), timeout=timeout, force=force, merge=merge)
+        done = await power.stop(vm, context.progress(app), timeout=timeout, force=force, merge=merge)
         _tell(app, vm.name, "stopped", changed=done.changed or killed, merged=done.merged)
 
 

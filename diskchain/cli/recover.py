@@ -93,7 +93,7 @@ async def _is_open(host: Host, name: str) -> bool:
 
 async def _recover(app: App, host: Host, name: str, finish: bool, undo: bool) -> tuple[dict[str, Any], str]:
     async with host.change(name, "recover") as vm:
-        done = await ops.recover(vm, host.machines, context.progress(app), undo=undo, finish=finish)
+        done = await ops.recover(vm, context.progress(app), undo=undo, finish=finish)
         if done is None:
             return {"vm": vm.name, "outcome": "nothing"}, f"{vm.name}: nothing was interrupted"
         body = {"vm": vm.name, "op": done.op, "snapshot": done.name, "state": done.state, "outcome": done.outcome,

@@ -20,7 +20,6 @@ from typing import Any
 from diskchain.chain.model import Catalog, Image, Memory
 from diskchain.chain.plan import Deletion, Fold, Plan, plan_delete
 from diskchain.chain.text import size as text_of
-from diskchain.drivers.machines import Machines
 from diskchain.errors import Busy, DiskchainError, HasChildren, NoSpace, Unfinished, UnsupportedDisk, VMRunning
 from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
@@ -100,7 +99,7 @@ def _needed(deletions: Sequence[Deletion]) -> int:
     return sum(merge.growth(f.top, f.into) for d in deletions for f in d.folds)
 
 
-async def check(vm: VM, machines: Machines, deletions: Sequence[Deletion]) -> None:
+async def check(vm: VM, deletions: Sequence[Deletion]) -> None:
     """Raise what stands in the way of the deletions: VMRunning, HasSharers, ChainDamaged, UnsupportedDisk, NoSpace."""
     if not (await vm.driver.state()).is_off:
         first = deletions[0].snapshot.name
@@ -110,11 +109,11 @@ async def check(vm: VM, machines: Machines, deletions: Sequence[Deletion]) -> No
     for deletion in deletions:
         await asyncio.to_thread(_verify, vm.catalog, deletion)
         for image in deletion.unlinks:
-            sharers.refuse_overlays(vm, machines, image, mine)
+            sharers.refuse_overlays(vm, image, mine)
         for fold in deletion.folds:
             await _refuse_used(fold)
-            sharers.refuse_shared(vm, machines, fold.into, mine)
-            sharers.refuse_shared(vm, machines, fold.top, mine)
+            sharers.refuse_shared(vm, fold.into, mine)
+            sharers.refuse_shared(vm, fold.top, mine)
             _refuse_what_a_merge_loses(fold)
     _check_space(deletions)
 
@@ -318,7 +317,7 @@ def defer(vm: VM, entry: Entry) -> None:
     entry.close()
 
 
-async def merge_pending(vm: VM, machines: Machines, progress: Progress) -> list[Merged]:
+async def merge_pending(vm: VM, progress: Progress) -> list[Merged]:
     """Carry out the merges that were put off, of a VM that is off; those that can't be yet stay pending."""
     merged: list[Merged] = []
     for snapshot in vm.catalog.pending():
@@ -327,6 +326,6 @@ async def merge_pending(vm: VM, machines: Machines, progress: Progress) -> list[
         except HasChildren as error:
             progress.warn(f"the merge of {snapshot.name} stays pending: {error.message}")
             continue
-        await check(vm, machines, [deletion])
+        await check(vm, [deletion])
         merged += await delete(vm, deletion, progress)
     return merged

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from diskchain.drivers.machines import Machines
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError, Refused
 from diskchain.host.fault import point
@@ -24,12 +23,12 @@ class Stopped:
     merged: list[Merged]
 
 
-async def start(vm: VM, machines: Machines, progress: Progress = QUIET, *, paused: bool = False) -> bool:
+async def start(vm: VM, progress: Progress = QUIET, *, paused: bool = False) -> bool:
     """Start the VM on its active layers; return False when it runs already. An interrupted merge is put off for it.
 
     Raise ChainDamaged, HostileImage before QEMU sees anything that is not as it was left; Refused when it is paused.
     """
-    recovered = await recover.before_start(vm, machines, progress)
+    recovered = await recover.before_start(vm, progress)
     state = await vm.driver.state()
     if state is VMState.RUNNING:
         return recovered is not None  # what was interrupted may have started it
@@ -41,7 +40,7 @@ async def start(vm: VM, machines: Machines, progress: Progress = QUIET, *, pause
     return True
 
 
-async def stop(vm: VM, machines: Machines, progress: Progress = QUIET, *, timeout: float, force: bool = False,
+async def stop(vm: VM, progress: Progress = QUIET, *, timeout: float, force: bool = False,
                merge: bool = True) -> Stopped:  # fmt: skip
     """Stop the VM: power button, `timeout` seconds; with `force` at once, like a power cut. Then do pending merges.
 
@@ -49,22 +48,22 @@ async def stop(vm: VM, machines: Machines, progress: Progress = QUIET, *, timeou
     """
     state = await vm.driver.state()
     changed = not state.is_off
-    await _before_stop(vm, machines, progress, finish_save=changed and not force)
+    await _before_stop(vm, progress, finish_save=changed and not force)
     if changed and force:
         await vm.driver.kill()
     elif changed:
         await _shut_down(vm, state, timeout)
     if not merge:
         return Stopped(changed, [])
-    await recover.recover(vm, machines, progress)
-    return Stopped(changed, await delete.merge_pending(vm, machines, progress))
+    await recover.recover(vm, progress)
+    return Stopped(changed, await delete.merge_pending(vm, progress))
 
 
-async def _before_stop(vm: VM, machines: Machines, progress: Progress, *, finish_save: bool) -> None:
+async def _before_stop(vm: VM, progress: Progress, *, finish_save: bool) -> None:
     """An interrupted save is finished before the VM goes; an interrupted revert must not start it again afterwards."""
     entry = journal.open_entry(vm.home)
     if entry and entry.op == "create" and finish_save:
-        await recover.recover(vm, machines, progress)
+        await recover.recover(vm, progress)
     elif entry and entry.op == "revert":
         entry.note(power="stopped", was="stopped")
 

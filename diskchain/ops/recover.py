@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from diskchain.drivers.machines import Machines
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import RecordDamaged, Refused, Unfinished
 from diskchain.host import files
@@ -30,7 +29,7 @@ class Recovered:
     note: str = ""
 
 
-async def recover(vm: VM, machines: Machines, progress: Progress = QUIET, *, undo: bool = False,
+async def recover(vm: VM, progress: Progress = QUIET, *, undo: bool = False,
                   finish: bool = False) -> Recovered | None:  # fmt: skip
     """Resolve the VM's open journal entry; return what was done, or None when there was nothing. The lock is held.
 
@@ -127,11 +126,11 @@ def _verify_before_redo(vm: VM, entry: Entry) -> None:
             layers.verify_frozen(vm.catalog.images[fold["top"]])
 
 
-async def before_start(vm: VM, machines: Machines, progress: Progress) -> Recovered | None:
+async def before_start(vm: VM, progress: Progress) -> Recovered | None:
     """`start` wins: an interrupted commit is put off (after a look at both layers), everything else is resolved."""
     entry = journal.open_entry(vm.home)
     if entry is not None and entry.op == "delete" and entry.state in ("intent", "commit") and entry.data["folds"]:
         await delete.make_bootable(vm, entry)
         delete.defer(vm, entry)
         return Recovered("delete", entry.data["name"], entry.state, "deferred", "it merges at the next stop")
-    return await recover(vm, machines, progress)
+    return await recover(vm, progress)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from diskchain.chain import qcow2
 from diskchain.chain.model import Image
-from diskchain.drivers.machines import Machines
 from diskchain.errors import DiskchainError, HasSharers
 from diskchain.host import files
 from diskchain.ops.vm import VM
@@ -20,7 +19,7 @@ from diskchain.store.catalog import Home
 _MAGIC = b"QFI\xfb"
 
 
-def refuse_shared(vm: VM, machines: Machines, image: Image, mine: Iterable[Image]) -> None:
+def refuse_shared(vm: VM, image: Image, mine: Iterable[Image]) -> None:
     """Raise HasSharers, naming them, when anybody but the images `mine` uses the image.
 
     Looked through: all machines and their catalogs, every file beside any known disk (by device and inode, so other
@@ -30,37 +29,36 @@ def refuse_shared(vm: VM, machines: Machines, image: Image, mine: Iterable[Image
     if status.st_nlink > 1:
         raise HasSharers(f"{image.path} has {status.st_nlink} names (hard links); who uses the others is not known",
                          hint="copy it to a file of its own first (cp --reflink=auto)")  # fmt: skip
-    refuse_overlays(vm, machines, image, mine)
+    refuse_overlays(vm, image, mine)
 
 
-def refuse_overlays(vm: VM, machines: Machines, image: Image, mine: Iterable[Image]) -> None:
+def refuse_overlays(vm: VM, image: Image, mine: Iterable[Image]) -> None:
     """Raise HasSharers, naming them, when anybody but the images `mine` stands on the image or uses it as a disk."""
     status = image.path.stat()
     known = {i.path.resolve() for i in mine} | {image.path.resolve()}
     target = (status.st_dev, status.st_ino)
-    users = sorted(
-        set(_other_machines(vm, machines, target)) | set(_overlays_in_directories(vm, machines, target, known))
-    )
+    users = sorted(set(_other_machines(vm, target)) | set(_overlays_in_directories(vm, target, known)))
     if users:
         raise HasSharers(f"{image.path} is used by {', '.join(users)} too; a merge or delete would destroy them",
                          hint="nobody else may use the layers of a delete; delete or move the other users first")  # fmt: skip
 
 
-def _other_machines(vm: VM, machines: Machines, target: tuple[int, int]) -> Iterable[str]:
-    for other in machines.all():
-        if other.machine.uuid == vm.driver.uuid:
+def _other_machines(vm: VM, target: tuple[int, int]) -> Iterable[str]:
+    for other in vm.host.neighbours():
+        if other.uuid == vm.driver.uuid:
             continue
-        paths = [Path(d.image) for d in other.machine.disks]
-        with contextlib.suppress(DiskchainError):
-            paths += [i.path for i in catalog_store.load(Home(other.home)).images.values()]
+        paths = list(other.disks)
+        if other.home is not None:
+            with contextlib.suppress(DiskchainError):
+                paths += [i.path for i in catalog_store.load(Home(other.home)).images.values()]
         if any(_identity(p) == target for p in paths):
-            yield f"the machine {other.machine.name}"
+            yield other.label
 
 
-def _overlays_in_directories(vm: VM, machines: Machines, target: tuple[int, int], known: set[Path]) -> Iterable[str]:
+def _overlays_in_directories(vm: VM, target: tuple[int, int], known: set[Path]) -> Iterable[str]:
     directories = {i.path.parent.resolve() for i in vm.catalog.images.values()}
-    for other in machines.all():
-        directories |= {Path(d.image).parent.resolve() for d in other.machine.disks}
+    for other in vm.host.neighbours():
+        directories |= {disk.parent.resolve() for disk in other.disks}
     for directory in directories:
         for path in _files(directory):
             if path.resolve() not in known and _backs_on(path, target):

@@ -6,8 +6,9 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from diskchain.chain.model import Catalog, vm_name
 from diskchain.config import Config
@@ -35,16 +36,21 @@ def now_utc() -> str:
 class VM:
     """A VM, its records and its driver. `catalog` is what was last read or written."""
 
-    def __init__(self, driver: Driver, home: Home, config: Config) -> None:
+    def __init__(self, driver: Driver, home: Home, host: Host) -> None:
         self.driver = driver
         self.home = home
-        self.config = config
+        self.host = host
         self.catalog: Catalog = catalog_store.load(home)
 
     @property
     def name(self) -> str:
         """The name that admins use."""
         return self.driver.name
+
+    @property
+    def config(self) -> Config:
+        """The settings."""
+        return self.host.config
 
     def save(self, catalog: Catalog) -> None:
         """Write the catalog durably, and go on with it."""
@@ -54,6 +60,16 @@ class VM:
     def reload(self) -> None:
         """Read the catalog afresh."""
         self.catalog = catalog_store.load(self.home)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A VM of this host as its manager knows it. `disks`: what its definition names; `home`: its records, if it has any."""
+
+    label: str
+    uuid: str
+    home: Path | None
+    disks: tuple[Path, ...]
 
 
 class Host:
@@ -66,6 +82,12 @@ class Host:
     def names(self) -> list[str]:
         """Return the names of all VMs, sorted."""
         return self.machines.names()
+
+    def neighbours(self) -> Iterator[Neighbour]:
+        """Yield every VM of this host whose definition can be read, to ask who uses an image."""
+        for other in self.machines.all():
+            paths = tuple(Path(d.image) for d in other.machine.disks)
+            yield Neighbour(f"the machine {other.machine.name}", other.machine.uuid, other.home, paths)
 
     @contextlib.asynccontextmanager
     async def look(self, name: str) -> AsyncIterator[VM]:
@@ -105,7 +127,7 @@ class Host:
         driver = QemuDriver(registered, self.machines, self.config.run_dir, socket=socket)
         home = self._home(name)
         try:
-            vm = VM(driver, home, self.config)
+            vm = VM(driver, home, self)
         except NotFound as error:
             raise ChainDamaged(f"the catalog of {name} is missing: {home.catalog}",
                                hint="bring it back from a backup; RECOVER.txt beside it lists the chain") from error  # fmt: skip

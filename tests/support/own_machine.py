@@ -63,7 +63,7 @@ class OwnMachine:
 
     def start(self) -> None:
         """Start it."""
-        self._run("start", lambda vm: power.start(vm, self.host.machines))
+        self._run("start", lambda vm: power.start(vm))
 
     def pause(self) -> None:
         """Stop its processors."""
