@@ -18,6 +18,7 @@ class CreateSettings:
 
     memory: str = "auto"  # auto | always | never: save memory where nothing else is said
     max_pause: float = 0.5  # seconds; a longer pause is warned of
+    huge_pages: bool = True  # before and after a background save, put the guest's memory back into huge pages
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def _typed(now: Any, value: Any, file: Path, key: str) -> Any:
         return Path(value)
     if isinstance(now, tuple) and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return tuple(Path(v) for v in value)
+    if isinstance(now, bool) and isinstance(value, bool):
+        return value
     if isinstance(now, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if isinstance(now, str) and isinstance(value, str):

@@ -175,5 +175,12 @@ class Driver(Protocol):
         Needs no answer of the hypervisor. Raise Refused without the right to do it.
         """
 
+    async def restore_huge_pages(self, limit: float) -> str:
+        """Put the VM's memory, split by an earlier background save, back into huge pages; at most `limit` seconds.
+
+        The VM runs meanwhile; nothing it sees changes, and its resident memory grows by less than 5 %. To be cancelled
+        and killed anywhere. Return in words why not all was done; nothing when it was, or nothing was split.
+        """
+
     def save_owner(self) -> str:
         """Return what identifies the hypervisor process that saves, across our own death."""

@@ -21,7 +21,7 @@ from diskchain.drivers.monitor import Monitor
 from diskchain.drivers.protocol import Chains, Definition, PauseGuard, SaveProgress, VMState
 from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
 from diskchain.errors import DiskchainError, DriverFailed, Unreachable
-from diskchain.host import files, rescue
+from diskchain.host import files, hugepages, rescue
 from diskchain.host.process import (
     ProcessId,
     boot_id,
@@ -364,6 +364,11 @@ class QemuDriver:
         """Lift the write protection that QEMU < 10 leaks when a background save fails."""
         process = self.process()
         return bool(process and await asyncio.to_thread(rescue.release, process.pid))
+
+    async def restore_huge_pages(self, limit: float) -> str:
+        """MADV_COLLAPSE from outside, by a thread of ours."""
+        process = self.process()
+        return await hugepages.collapse_in_thread(process, limit) if process else ""
 
     def save_owner(self) -> str:
         """pid, start time and boot of this QEMU."""

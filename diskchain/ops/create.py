@@ -26,7 +26,7 @@ from diskchain.drivers.protocol import VMState
 from diskchain.errors import BadName, ChainDamaged, DiskchainError, MemoryNotSaved, NoSpace, NotFound, Refused
 from diskchain.host import files
 from diskchain.host.process import uninterrupted
-from diskchain.ops import create_pause, layers, save_memory
+from diskchain.ops import create_pause, flat_pause, layers, save_memory
 from diskchain.ops.create_rest import note_frozen, resolve_prepared, undo, wait_for_stray_save
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM, new_id, now_utc, record_configuration
@@ -98,6 +98,7 @@ async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapsh
         runs = prepared.state is VMState.RUNNING
         progress.warn(f"{vm.name} stands still until its memory is saved" if runs
                       else f"{vm.name} will run for about a millisecond when its memory is saved, then pause again")  # fmt: skip
+    await flat_pause.before(vm, prepared.save)
     entry = journal.begin(vm.home, "create", prepared.snapshot.id, now_utc(), _journal_data(vm, prepared))
     try:
         memory_fd = await _make_files(vm, prepared)
@@ -112,7 +113,9 @@ async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapsh
             raise
         return snapshot_or_none
     _warn_of_pause(snapshot, request, progress)
-    return await finish(vm, entry, snapshot, progress)
+    snapshot = await finish(vm, entry, snapshot, progress)
+    await flat_pause.after(vm, prepared.save)
+    return snapshot
 
 
 async def _after_failure(vm: VM, entry: Entry, progress: Progress) -> Snapshot | None:

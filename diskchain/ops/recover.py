@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import RecordDamaged, Refused, Unfinished
 from diskchain.host import files
-from diskchain.ops import create, create_rest, delete, layers, revert, save_memory
+from diskchain.ops import create, create_rest, delete, flat_pause, layers, revert, save_memory
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM
 from diskchain.store import journal
@@ -45,6 +45,8 @@ async def recover(vm: VM, progress: Progress = QUIET, *, undo: bool = False,
         raise RecordDamaged(f"the journal of {vm.name} holds an operation {entry.op!r} of a newer diskchain")
     outcome, note = await handlers[entry.op](vm, entry, progress, undo, finish)
     vm.reload()
+    if entry.op == "create":
+        await flat_pause.after(vm, entry.data["save"])
     return Recovered(entry.op, name, state, outcome, note)
 
 

@@ -40,12 +40,13 @@ class Guest:
 class OwnMachine:
     """A defined machine in `directory`, which is made here."""
 
-    def __init__(self, guest: Guest, directory: Path) -> None:
+    def __init__(self, guest: Guest, directory: Path, *, huge_pages: bool = True) -> None:
         directory.mkdir(parents=True)
         self.dir = directory
         # sockets have short names: the run directory stands outside the (long) test directory
         self.run_dir = Path(tempfile.mkdtemp(prefix="dc-", dir="/tmp"))
-        self.host = Host(replace(Config(), state_dir=directory / "state", run_dir=self.run_dir))
+        settings = replace(Config().create, huge_pages=huge_pages)
+        self.host = Host(replace(Config(), state_dir=directory / "state", run_dir=self.run_dir, create=settings))
         file = directory / "vm.toml"
         file.write_text(_machine_file(guest))
         make_bases(directory, guest.disks)
