@@ -11,6 +11,7 @@ would take twice its memory.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import logging
@@ -72,7 +73,7 @@ class _IoVector(ctypes.Structure):
 
 
 def unusable() -> str:
-    """Return in words why this host or our rights do not allow it, or nothing. Says nothing of old kernels."""
+    """Return in words why this host or our rights do not allow it, or nothing. Old kernels are found by trying."""
     try:
         enabled = _THP.read_text()
     except OSError:
@@ -82,6 +83,26 @@ def unusable() -> str:
     status = Path("/proc/self/status").read_text()
     capabilities = int(re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
     return "" if capabilities >> _CAP_SYS_NICE & 1 else "no right to it (CAP_SYS_NICE)"
+
+
+def probe() -> str:
+    """Collapse memory of our own; return in words why it does not work here (for QEMU, too), or nothing."""
+    why = unusable()
+    if why:
+        return why
+    with contextlib.closing(mmap.mmap(-1, 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        memory.write(b"\1" * len(memory))
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        view = ctypes.c_char.from_buffer(memory)
+        start = -(-ctypes.addressof(view) // HUGE) * HUGE
+        del view  # or the memory can't be closed
+        pidfd = os.pidfd_open(os.getpid())
+        try:
+            failed = advise(pidfd, start, HUGE)
+        finally:
+            os.close(pidfd)
+        return _words(failed) if failed else ""
 
 
 def guest_memory(pid: int) -> list[Mapping]:
