@@ -73,11 +73,18 @@ class Entry(NamedTuple):
 
 _MACHINES, _ANY, _SNAPSHOTS, _HEALTH = "Machines", "Any VM", "Snapshots", "Health"
 COMMANDS = [
-    Entry("machine", "machine", "machine", "Define, undefine and list the machines that diskchain runs.", _MACHINES),
+    Entry(
+        "machine",
+        "machine",
+        "machine",
+        "Define, import, undefine and list the machines that diskchain runs.",
+        _MACHINES,
+    ),
     Entry("start", "power", "start", "Start a VM.", _ANY),
     Entry("stop", "power", "stop", "Stop a VM; then carry out its pending merges.", _ANY),
     Entry("pause", "power", "pause", "Let a VM stand still.", _ANY),
     Entry("resume", "power", "resume", "Let a paused VM go on.", _ANY),
+    Entry("console", "console", "console", "Be at the serial console of a VM; leave with Ctrl-].", _ANY),
     Entry("create", "create", "create", "Take a snapshot of a VM, with its memory when it runs.", _SNAPSHOTS),
     Entry("list", "look", "list_", "List snapshots, oldest first.", _SNAPSHOTS),
     Entry("tree", "look", "tree", "Show the tree of snapshots, and where the VM is in it.", _SNAPSHOTS),

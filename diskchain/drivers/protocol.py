@@ -65,6 +65,19 @@ class PauseGuard(Protocol):
         """Whether it resumed the VM behind our back (then memory and disks are not of one instant)."""
 
 
+class Serial(Protocol):
+    """The serial console of a running VM, attached: a log that grows, a descriptor that takes input and never blocks."""
+
+    output: Path
+    input: int
+
+    async def gone(self) -> None:
+        """Return when the VM is down."""
+
+    def close(self) -> None:
+        """Let the next one in."""
+
+
 class Driver(Protocol):
     """One VM."""
 
@@ -130,6 +143,13 @@ class Driver(Protocol):
 
     async def resume(self) -> None:
         """Let the virtual CPUs go on, if they do not run already."""
+
+    # -- console
+    async def open_serial(self) -> Serial:
+        """Attach to the serial console. Whoever is attached can't hold the guest up.
+
+        Raise Busy naming who is attached already, Refused when the VM has none.
+        """
 
     # -- configuration
     async def define(self, definition: Definition, chains: Chains) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 
 from diskchain.chain.machine import Machine
 from diskchain.chain.model import Image
-from diskchain.drivers import accel, migration
+from diskchain.drivers import accel, migration, serial
 from diskchain.drivers.machines import Machines, Registered, differences
 from diskchain.drivers.monitor import Monitor
-from diskchain.drivers.protocol import Chains, Definition, PauseGuard, SaveProgress, VMState
+from diskchain.drivers.protocol import Chains, Definition, PauseGuard, SaveProgress, Serial, VMState
 from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
-from diskchain.errors import DiskchainError, DriverFailed, Unreachable
+from diskchain.errors import DiskchainError, DriverFailed, Refused, Unreachable
 from diskchain.host import files, hugepages, rescue
 from diskchain.host.process import (
     ProcessId,
@@ -290,6 +290,18 @@ class QemuDriver:
         """QMP cont, unless it runs already."""
         if (await self._execute("query-status"))["status"] != "running":
             await self._execute("cont")
+
+    # -- console ---------------------------------------------------------------------------------------------------
+
+    async def open_serial(self) -> Serial:
+        """Give QEMU a FIFO beside the log that it writes."""
+        process = self.process()
+        if process is None:
+            raise DriverFailed(f"{self.name} is not running", hint=f"diskchain start {self.name}")
+        if self._machine_running().console == "none":
+            raise Refused(f"{self.name} has no serial console",
+                          hint='console = "log" in its machine file, define it again, stop and start it')  # fmt: skip
+        return await serial.attach(self._execute, self.run_dir, self.home / "console.log", process, self.name)
 
     # -- configuration ---------------------------------------------------------------------------------------------
 

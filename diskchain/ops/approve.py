@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -110,13 +111,34 @@ def _require_known(fmt: str, path: Path | str) -> None:
 
 def checked_header(opened: files.Opened, *, reject: bool = True) -> Header:
     """Given an open qcow2 image, return its header; with `reject` only if QEMU may be shown it. Errors name the file."""
+    header = None
     try:
         header = _read_header(opened.fd, opened.status.st_size)
         if reject:
             qcow2.reject_unsafe(header)
     except DiskchainError as error:
-        raise type(error)(f"{opened.path!r}: {error.message}", hint=error.hint) from error
+        hint = _name_the_format(opened, header) if header and "name the format" in error.message else error.hint
+        raise type(error)(f"{opened.path!r}: {error.message}", hint=hint) from error
     return header
+
+
+def _name_the_format(opened: files.Opened, header: Header) -> str:
+    """The command with which an admin writes down what an old qemu-img left out. We only say it: probing is guessing."""
+    name = header.backing_name or ""
+    fmt = {".qcow2": "qcow2", ".raw": "raw"}.get(Path(name).suffix) or _looks_like(
+        _backing_path(opened.directory, header)
+    )
+    return (f"if you trust it, write it down: qemu-img rebase -u -f qcow2 -b {shlex.quote(name)} -F {fmt} "
+            f"{shlex.quote(opened.path)}")  # fmt: skip
+
+
+def _looks_like(path: str | None) -> str:
+    try:
+        fd = files.open_untrusted(Path(path or ""))
+    except DiskchainError:
+        return "raw"
+    with open(fd, "rb") as opened:
+        return "qcow2" if opened.read(len(qcow2.MAGIC)) == qcow2.MAGIC else "raw"
 
 
 def _read_header(fd: int, size: int) -> Header:

@@ -23,6 +23,7 @@ from diskchain.drivers.protocol import VMState
 from diskchain.drivers.qemu import QemuDriver
 from diskchain.errors import (
     DiskchainError,
+    DriverFailed,
     HostileImage,
     MemoryDamaged,
     NotFound,
@@ -32,7 +33,7 @@ from diskchain.errors import (
     UnsupportedDisk,
 )
 from diskchain.host import files, locks, qemu_img
-from diskchain.ops import leftovers
+from diskchain.ops import drift, leftovers
 from diskchain.ops.approve import checked_header, fingerprint
 from diskchain.ops.revert_plan import definition_at
 from diskchain.ops.vm import Host, plain
@@ -54,6 +55,8 @@ class Look:
     active: dict[str, Path] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     memory_bytes: int = 0
+    changed: list[str] = field(default_factory=list)  # a running machine against its definition, in words
+    no_record: str | None = None  # why that can't be told
     busy: str | None = None  # an operation is at work now
     in_flight: frozenset[str] = frozenset()  # what the open journal entry names: nothing of it is judged
     findings: list[Finding] = field(default_factory=list)
@@ -155,12 +158,20 @@ async def _ask(host: Host, seen: Look) -> None:
         if not seen.state.is_off:
             seen.active = await driver.active_files()
             seen.failed = await driver.failed_disks()
+            await _compare(seen, driver)
     except (DiskchainError, KeyError) as problem:
         said = problem.message if isinstance(problem, DiskchainError) else f"an answer without {problem}"
         seen.findings.append(warning("no-answer", seen.name, f"QEMU can't be asked: {said}",
                                      "look at qemu.log beside the catalog, and at its storage"))  # fmt: skip
     finally:
         await driver.close()
+
+
+async def _compare(seen: Look, driver: QemuDriver) -> None:
+    try:
+        seen.changed = driver.differences(await driver.live_definition(), driver.definition())
+    except (DriverFailed, ValueError, KeyError, TypeError) as problem:
+        seen.no_record = problem.message if isinstance(problem, DriverFailed) else "its run-time record is damaged"
 
 
 # -- check -------------------------------------------------------------------------------------------------------------
@@ -184,6 +195,9 @@ async def check(host: Host, name: str, *, deep: bool = False) -> list[Finding]:
 
 def _files(host: Host, seen: Look, catalog: Catalog, home: Home, deep: bool) -> list[Finding]:
     found = list(_active(seen, catalog))
+    if seen.registered and not seen.in_flight:
+        found += drift.definition(seen.registered, catalog)
+        found += drift.run_record(seen.name, seen.changed, seen.no_record)
     if not seen.busy:
         for image in catalog.images.values():
             found += _layer(seen, catalog, image)

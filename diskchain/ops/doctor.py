@@ -1,4 +1,6 @@
-"""doctor: the host. Nothing of diskchain's is written; KVM and the image locks are tried in a temporary directory."""
+"""doctor: the host. Nothing of diskchain's is written; KVM and the image locks are tried in a temporary directory, what the
+filesystems of the images can do on unnamed files there, of which nothing is ever seen.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,14 @@ from diskchain.chain.text import size
 from diskchain.config import Config
 from diskchain.drivers import accel
 from diskchain.errors import DiskchainError, NotFound
-from diskchain.host import hugepages, locks
+from diskchain.host import hugepages, locks, probe
 from diskchain.host.process import find_program, run, scope
+from diskchain.ops import orphans
 from diskchain.ops.vm import Host
 from diskchain.store import catalog as catalog_store
 from diskchain.store.catalog import Home
 
 _PACKAGES = ("click", "rich", "qemu.qmp", "libvirt-python")
-_CLONES = ("xfs", "btrfs", "bcachefs", "ocfs2")
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse.glusterfs", "ceph")
 _LONGEST_SOCKET = 107
 
@@ -41,6 +43,7 @@ async def doctor(host: Host) -> list[Finding]:
     found += list(_directories(host.config))
     found += [f async for f in _systemd()]
     found += list(_volumes(host))
+    found += list(orphans.find(host))
     return [*found, *_security()]
 
 
@@ -210,7 +213,9 @@ def _volumes(host: Host) -> Iterator[Finding]:
             continue
         seen.add(device)
         free, total = data.f_bavail * data.f_frsize, data.f_blocks * data.f_frsize
-        yield info("volume", str(directory), f"{_kind(mounts, directory)}; {size(free)} of {size(total)} free")
+        tried = probe.directory(directory)
+        yield info("volume", str(directory), f"{_kind(mounts, directory, tried)}; {size(free)} of {size(total)} free")
+        yield from _lacking(tried, directory)
         yield from _network(mounts, directory)
         yield from full_volume(str(directory), directory, free, total)
 
@@ -240,12 +245,24 @@ def _fstype(mounts: dict[str, str], directory: Path) -> str:
     return next((mounts[str(p)] for p in (real, *real.parents) if str(p) in mounts), "unknown")
 
 
-def _kind(mounts: dict[str, str], directory: Path) -> str:
+def _kind(mounts: dict[str, str], directory: Path, tried: probe.Tried) -> str:
     kind = _fstype(mounts, directory)
-    clones = "files can be cloned (not tried)" if kind in _CLONES else "files can't be cloned"
-    direct = "no O_DIRECT before Linux 6.6" if kind == "tmpfs" else "O_DIRECT"
-    reserve = "can't reserve space" if kind in ("nfs", "cifs", "9p", "zfs") else "can reserve space"
-    return f"{kind}: {clones}, {direct}, {reserve} (by its type)"
+    if tried.clone is None:
+        return f"{kind}: cloning of files, O_DIRECT and reserving space not tried: {tried.why}"
+    clones = "files can be cloned" if tried.clone else "files can't be cloned"
+    direct = "O_DIRECT" if tried.direct else "no O_DIRECT"
+    reserve = "space can be reserved" if tried.reserve else "space can't be reserved"
+    return f"{kind}: {clones}, {direct}, {reserve} (tried on unnamed files)"
+
+
+def _lacking(tried: probe.Tried, directory: Path) -> Iterator[Finding]:
+    """What our own work needs of the places where images and records are."""
+    if tried.direct is False:
+        yield warning("volume-no-direct", str(directory), "no O_DIRECT: a merge after an unclean end could not be done the "
+                      "careful way, past the page cache", "move the images to another filesystem")  # fmt: skip
+    if tried.reserve is False:
+        yield warning("volume-no-reserve", str(directory), "space can't be reserved (fallocate): a save of memory may run "
+                      "out of it half-way", "keep twice the RAM of the VM free there, or move the images")  # fmt: skip
 
 
 def _network(mounts: dict[str, str], directory: Path) -> Iterator[Finding]:

@@ -52,15 +52,7 @@ async def define(host: Host, file: Path) -> Defined:
     Raise BadMachineFile naming key and line; NotFound, HostileImage for its images; Refused when an image belongs to
     another VM, or is a lower layer of a chain.
     """
-    machine = with_absolute_paths(parse(file), file.parent.absolute())
-    known = _known(host.machines, machine.name)
-    disks = [_with_format(file, d) for d in machine.disks]
-    roots = [*host.config.image_roots, file.parent.resolve(), *(Path(d.image).parent for d in disks)]
-    chains = {d.target: _approved(Path(d.image), d.fmt, roots) for d in disks}
-    machine = replace(machine, disks=tuple(replace(d, image=str(chains[d.target][0].path)) for d in disks))
-    home = _home_of(host, machine, known, chains)
-    machine = await _completed(machine, known, home)
-    _next_catalog(host, machine, home, chains)
+    known, machine, home, chains = await examine(host, file, parse(file))
     await _refuse_other_disks_while_on(host, known, machine)
     with files.os_errors(home.path, "create"):
         home.make()
@@ -72,6 +64,26 @@ async def define(host: Host, file: Path) -> Defined:
         point("define.definition")
         catalog_store.save(home, catalog)
     return Defined(machine, home.path, known is not None)
+
+
+Chains = dict[str, list[ApprovedImage]]
+
+
+async def examine(host: Host, file: Path, machine: Machine) -> tuple[Registered | None, Machine, Home, Chains]:
+    """Return the machine as it was known and as it would be defined, its records and chains. Changes nothing.
+
+    Raise as `define`. `machine` is what `file` says (or will say).
+    """
+    machine = with_absolute_paths(machine, file.parent.absolute())
+    known = _known(host.machines, machine.name)
+    disks = [_with_format(file, d) for d in machine.disks]
+    roots = [*host.config.image_roots, file.parent.resolve(), *(Path(d.image).parent for d in disks)]
+    chains = {d.target: _approved(Path(d.image), d.fmt, roots) for d in disks}
+    machine = replace(machine, disks=tuple(replace(d, image=str(chains[d.target][0].path)) for d in disks))
+    home = _home_of(host, machine, known, chains)
+    machine = await _completed(machine, known, home)
+    _next_catalog(host, machine, home, chains)
+    return known, machine, home, chains
 
 
 def _both(home: Home, new: Catalog) -> Catalog:

@@ -67,9 +67,14 @@ def _overlays_in_directories(vm: VM, target: tuple[int, int], known: set[Path]) 
 
 def overlays_beside(image: Path) -> list[Path]:
     """Return the images in the same directory that name this one as their backing file."""
+    return overlays_in(image.parent, image)
+
+
+def overlays_in(directory: Path, image: Path) -> list[Path]:
+    """Return the images in a directory that name this one as their backing file."""
     status = image.stat()
     target = (status.st_dev, status.st_ino)
-    return sorted(path for path in _files(image.parent) if path != image and _backs_on(path, target))
+    return sorted(path for path in _files(directory) if path != image and _backs_on(path, target))
 
 
 def _files(directory: Path) -> Iterable[Path]:

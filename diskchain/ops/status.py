@@ -86,7 +86,7 @@ def _of_catalog(seen: Look, catalog: Catalog, home: Home, found: list[Finding]) 
         found.append(stopped_itself(seen.name, seen.failed, _places(catalog, volumes)))
     for path, space in volumes.items():
         found += full_volume(seen.name, path, *space)
-    if seen.state in (VMState.RUNNING, VMState.PAUSED) and (room := _room(home.path)) is not None:
+    if seen.state in (VMState.RUNNING, VMState.PAUSED, VMState.STOPPED) and (room := _room(home.path)) is not None:
         found += memory_fits(seen.name, home.disks_dir, room, space_for(seen.memory_bytes))
     tightest = min(volumes, key=lambda path: volumes[path][0], default=None)
     free, total = volumes[tightest] if tightest else (0, 0)
