@@ -136,6 +136,19 @@ def test_a_running_vm_is_looked_at_through_the_socket_for_looks(live: Rig) -> No
     assert codes(above_info(live, code=11)) == {"memory-missing"}
 
 
+def test_a_running_vm_that_was_defined_anew_says_what_the_next_start_brings(live: Rig) -> None:
+    """More memory in the definition: info, nothing to do now; without its run-time record: a warning."""
+    file = live.dir / "vm.toml"
+    file.write_text(file.read_text().replace("128 MiB", "192 MiB"))
+    live.ok("machine", "define", str(file))
+    (found,) = [f for f in live.ok("check", "vm", "--json").json["findings"] if f["code"] == "restart-needed"]
+    assert "memory 128 MiB -> 192 MiB" in found["evidence"]
+    (record,) = live.run_dir.glob("*/machine.json")
+    record.unlink()
+    (missing,) = above_info(live, code=10)
+    assert missing["code"] == "run-record-missing" and "diskchain stop vm" in missing["remedy"]
+
+
 def test_a_snapshot_behind_our_back_is_named(live: Rig) -> None:
     """Somebody else switches a disk: QEMU writes to another file than the catalog says."""
     disk = live.active()["vda"]

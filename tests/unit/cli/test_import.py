@@ -7,11 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from diskchain.errors import Refused
+from diskchain.ops import import_disks
+from diskchain.ops.approve import approve_chain
 from tests.unit.cli.conftest import Run, io
 
 
@@ -269,3 +273,29 @@ def test_records_of_a_machine_that_was_undefined_come_back(run: Run, chain: Path
     assert any("records of web1" in note for note in notes)
     assert [s["name"] for s in run("list", "web1", "--json").json["snapshots"]] == ["one"]
     assert run("machine", "list", "--json").json["machines"][0]["disks"][0]["active"] == active
+
+
+def test_files_of_others_are_refused_with_owner_and_mode() -> None:
+    """As a user who may read but not write the image, or not the directory: what is wrong is said; nothing is written."""
+    with tempfile.TemporaryDirectory(prefix="dc-import-") as name:
+        directory = Path(name)
+        directory.chmod(0o777)
+        image = directory / "web1.qcow2"
+        qemu_img("create", "-q", "-f", "qcow2", str(image), "8M")
+        image.chmod(0o444)
+        approved = approve_chain(image, "qcow2")
+        us = os.geteuid()
+        other = us or 65534  # root may do everything
+        try:
+            os.seteuid(other)
+            with pytest.raises(Refused, match="mode 444, owner "):
+                import_disks._refuse_unusable(approved)
+            os.seteuid(us)
+            image.chmod(0o666)
+            directory.chmod(0o555)
+            os.seteuid(other)
+            with pytest.raises(Refused, match="no file can be made in"):
+                import_disks._refuse_unusable(approved)
+        finally:
+            os.seteuid(us)
+            directory.chmod(0o755)
