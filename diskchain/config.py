@@ -19,6 +19,14 @@ class CreateSettings:
     memory: str = "auto"  # auto | always | never: save memory where nothing else is said
     max_pause: float = 0.5  # seconds; a longer pause is warned of
     huge_pages: bool = True  # before and after a background save, put the guest's memory back into huge pages
+    freeze_timeout: float = 10.0  # seconds that --quiesce gives the guest agent to freeze its file systems
+
+
+@dataclass(frozen=True)
+class RevertSettings:
+    """[revert]"""
+
+    set_clock: bool = True  # after a revert with memory let the guest agent set the guest's clock
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Config:
     """All settings, and where diskchain keeps what belongs to this host."""
 
     create: CreateSettings = field(default_factory=CreateSettings)
+    revert: RevertSettings = field(default_factory=RevertSettings)
     stop: StopSettings = field(default_factory=StopSettings)
     state_dir: Path = Path("/var/lib/diskchain")  # definitions of the machines that diskchain runs
     run_dir: Path = Path("/run/diskchain")  # sockets and pid files of running machines
@@ -87,7 +96,7 @@ def _merged(config: Config, data: Mapping[str, Any], file: Path) -> Config:
     for key, value in data.items():
         _known(key, (f.name for f in fields(config)), file, key)
         now = getattr(config, key)
-        if isinstance(now, (CreateSettings, StopSettings)):
+        if isinstance(now, (CreateSettings, RevertSettings, StopSettings)):
             if not isinstance(value, dict):
                 raise UsageError(f"{file}: {key} is a table: [{key}]")
             for name, item in value.items():
@@ -125,5 +134,7 @@ def _typed(now: Any, value: Any, file: Path, key: str) -> Any:
     if isinstance(now, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if isinstance(now, str) and isinstance(value, str):
+        return value
+    if isinstance(now, bool) and isinstance(value, bool):
         return value
     raise UsageError(f"{file}: {key} has the wrong type")

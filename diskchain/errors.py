@@ -44,6 +44,12 @@ class DriverFailed(DiskchainError):
     usual_hint = "run it again with -vv: it shows what QEMU was told and said"
 
 
+class AgentFailed(DriverFailed):
+    """The guest agent did not answer, refused, or answered with nonsense."""
+
+    usual_hint = "look at qemu-guest-agent in the guest"
+
+
 class UsageError(DiskchainError):
     """Wrong input, or a confirmation was needed and nobody was there. Nothing changed."""
 
@@ -110,6 +116,12 @@ class UnsupportedDisk(Refused):
 
 class MemoryNotSaved(Refused):
     """Memory can't be saved the way that was asked for."""
+
+
+class AgentMissing(Refused):
+    """Nobody answers on the channel of the guest agent, or there is no channel."""
+
+    usual_hint = "install and start qemu-guest-agent in the guest"
 
 
 class HostileImage(Refused):

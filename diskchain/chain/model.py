@@ -81,6 +81,9 @@ class Snapshot:
     by: str = ""
     pause_ms: float | None = None
     partial: tuple[str, ...] = ()
+    quiesced: bool = False  # its file systems were frozen at that moment, all of them, until we thawed them
+    unquiesced: str = ""  # why they were not, though that was asked for
+    frozen: bool = False  # its memory may hold them frozen: whoever loads it thaws them
 
     @property
     def state(self) -> str:
@@ -104,6 +107,7 @@ class Catalog:
     detached: tuple[
         str, ...
     ] = ()  # last layers of disks that the VM had once: kept, active again if the disk comes back
+    asleep: bool = False  # its memory was loaded, and it has not run since: `resume` wakes it
 
     # -- looking ---------------------------------------------------------------------------------------------------
 

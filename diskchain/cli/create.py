@@ -17,6 +17,7 @@ from diskchain.errors import Degraded, UsageError
 from diskchain.ops import create as ops
 from diskchain.ops import look
 from diskchain.ops.create import Request
+from diskchain.ops.quiesce import STILL_FROZEN
 from diskchain.ops.vm import VM, Host, refuse_unfinished
 
 BY_CONFIG = {"auto": "auto", "always": "always", "never": "never"}
@@ -53,6 +54,7 @@ class CreateCommand(click.Command):
     metavar="TARGET",
     help="Leave a disk out (again for more). The snapshot is partial, and without memory.",
 )
+@click.option("--quiesce", is_flag=True, help="Let the guest agent freeze the file systems; refused without an agent.")
 @click.option("--max-pause", type=Duration(), metavar="TIME", help="Warn of a longer pause (default 500ms).")
 @jobs_option
 @changing_options
@@ -64,6 +66,7 @@ def create(
     memory: str | None,
     disk_only: bool,
     skip: tuple[str, ...],
+    quiesce: bool,
     max_pause: float | None,
     jobs: int,
     wait: float | None,
@@ -82,7 +85,9 @@ def create(
         raise UsageError(f"create.memory is {settings.memory!r}", hint="auto, always or never")
     save = "never" if disk_only else memory or BY_CONFIG[settings.memory]
     pause = settings.max_pause if max_pause is None else max_pause
-    request = Request("" if name is None else snapshot_name(name), description, save, pause, tuple(dict.fromkeys(skip)))
+    request = Request(
+        "" if name is None else snapshot_name(name), description, save, pause, tuple(dict.fromkeys(skip)), quiesce
+    )
     work = _plan if dry_run else _create
     many.on_each(app, host, vm, lambda app, name: work(app, host, name, request), jobs=jobs)
 
@@ -109,18 +114,31 @@ async def _create(app: App, host: Host, name: str, request: Request) -> None:
 def _tell(app: App, vm: VM, snapshot: Snapshot) -> None:
     view = look.view(vm.catalog, vm.home, snapshot, time.time())
     body: dict[str, Any] = {"vm": vm.name, "snapshot": look.snapshot_json(view), "pause_ms": snapshot.pause_ms}
-    failed = None
-    if snapshot.memory.status == "failed":
-        failed = Degraded(f"snapshot {snapshot.name!r} was made without memory: {snapshot.memory.reason}",
-                          hint=f"diskchain delete {vm.name} {snapshot.name}, if it is of no use so")  # fmt: skip
+    failed = _less_than_asked(vm, snapshot)
+    if failed:
         body["error"] = error_json(failed.exit_code, failed.kind, failed.message, failed.hint)
     context.answer(app, body, [_line(vm, snapshot)])
     if failed:
         raise failed
 
 
+def _less_than_asked(vm: VM, snapshot: Snapshot) -> Degraded | None:
+    less = []
+    if snapshot.memory.status == "failed":
+        less.append(f"without memory: {snapshot.memory.reason}")
+    if snapshot.unquiesced:
+        less.append(f"not quiesced: {snapshot.unquiesced}")
+    if not less:
+        return None
+    hint = f"diskchain delete {vm.name} {snapshot.name}, if it is of no use so"
+    if STILL_FROZEN in snapshot.unquiesced:
+        hint = f"look at qemu-guest-agent in the guest, then: diskchain recover {vm.name}"
+    return Degraded(f"snapshot {snapshot.name!r} was made {', '.join(less)}", hint=hint)
+
+
 def _line(vm: VM, snapshot: Snapshot) -> str:
     parts = [f"memory {size(snapshot.memory.bytes)}"] if snapshot.memory.saved else []
+    parts += ["file systems frozen"] if snapshot.quiesced else []
     parts.append(f"{len(snapshot.disks)} disk{'' if len(snapshot.disks) == 1 else 's'}")
     if snapshot.partial:
         parts.append(f"partial: without {', '.join(snapshot.partial)} and without memory")

@@ -138,7 +138,15 @@ def resume(vm: str, jobs: int, wait: float | None, dry_run: bool) -> None:
     """Let a paused VM go on."""
     app = context.current()
     host = context.open_host(app, wait)
-    many.on_each(app, host, vm, lambda app, name: _switch(app, host, name, "resume", power.resume, dry_run), jobs=jobs)
+    many.on_each(
+        app,
+        host,
+        vm,
+        lambda app, name: _switch(
+            app, host, name, "resume", lambda vm: power.resume(vm, context.progress(app)), dry_run
+        ),
+        jobs=jobs,
+    )
 
 
 async def _switch(

@@ -106,6 +106,8 @@ def _notes(view: SnapshotView) -> list[str]:
         notes.append(f"memory not saved: {memory.reason}")
     if snapshot.partial:
         notes.append(f"partial: without {', '.join(snapshot.partial)}")
+    if snapshot.unquiesced:
+        notes.append(f"not quiesced: {snapshot.unquiesced}")
     if snapshot.protected:
         notes.append("protected")
     return [*notes, *([snapshot.description] if snapshot.description else [])]

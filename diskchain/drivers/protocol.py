@@ -53,7 +53,7 @@ class SaveProgress:
 
 
 class PauseGuard(Protocol):
-    """A process of ours that lets the VM go on when we can't. See `Driver.pause_guard`."""
+    """A process of ours that lets the VM go on, and thaws its file systems, when we can't. See `Driver.pause_guard`."""
 
     def arm(self) -> None:
         """The pause begins now."""
@@ -62,7 +62,23 @@ class PauseGuard(Protocol):
         """The pause is over."""
 
     def fired(self) -> bool:
-        """Whether it resumed the VM behind our back (then memory and disks are not of one instant)."""
+        """Whether it acted behind our back: resumed the VM (then memory and disks are not of one instant), thawed it."""
+
+    async def freeze(self, limit: float) -> int:
+        """Freeze the guest's file systems within `limit` seconds; return how many. The VM runs.
+
+        Raise AgentFailed; they are thawed then, as soon as the guest lets us. They are thawed, whoever of us dies, 8
+        seconds after they were frozen or after `disarm`, at the end of the guard, or when we die.
+        """
+
+    async def still_frozen(self) -> bool:
+        """Whether the guest says so. Raise AgentFailed."""
+
+    async def thaw(self) -> int:
+        """Thaw what was frozen; return how many file systems were frozen until now. The VM runs.
+
+        Raise AgentFailed when the guest does not confirm it; the guard goes on trying for an hour, without us.
+        """
 
 
 class Serial(Protocol):
@@ -118,6 +134,25 @@ class Driver(Protocol):
 
     def missing_files(self, definition: Definition) -> list[str]:
         """Return in words what a start with this configuration would not find (kernel, firmware, other version)."""
+
+    # -- the guest agent
+    def has_agent(self) -> bool:
+        """Whether the VM that is on has a channel for a guest agent."""
+
+    async def check_agent(self) -> None:
+        """Raise AgentMissing unless an agent answers that can freeze file systems; Refused when they are frozen already."""
+
+    async def is_frozen(self) -> bool:
+        """Whether file systems are frozen, as the agent says. Raise AgentMissing, AgentFailed."""
+
+    async def thaw(self, limit: float) -> bool:
+        """Thaw every file system, trying for `limit` seconds; return whether any was frozen. The VM runs.
+
+        Raise AgentMissing, AgentFailed.
+        """
+
+    async def set_clock(self, limit: float) -> None:
+        """Set the guest's clock to ours, within `limit` seconds. Raise AgentMissing, AgentFailed."""
 
     # -- power
     async def start(self, chains: Chains, *, paused: bool = False) -> None:

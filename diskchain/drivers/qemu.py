@@ -18,7 +18,9 @@ from diskchain.chain.model import Image
 from diskchain.drivers import accel, migration, serial
 from diskchain.drivers.machines import Machines, Registered, differences
 from diskchain.drivers.monitor import Monitor
+from diskchain.drivers.pause_guard import WatchdogGuard
 from diskchain.drivers.protocol import Chains, Definition, PauseGuard, SaveProgress, Serial, VMState
+from diskchain.drivers.qemu_agent import QemuAgent
 from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
 from diskchain.errors import DiskchainError, DriverFailed, Refused, Unreachable
 from diskchain.host import files, hugepages, rescue
@@ -26,11 +28,9 @@ from diskchain.host.process import (
     ProcessId,
     boot_id,
     find_process,
-    our_module,
     process_id,
     scope,
     spawn_detached,
-    spawn_piped,
 )
 
 SOCKETS = ("qmp", "info", "watch")  # a QMP socket serves one client at a time: changes, looks, the watchdog
@@ -43,7 +43,7 @@ _STATES = {
 }
 
 
-class QemuDriver:
+class QemuDriver(QemuAgent):
     """One machine of ours. `socket` is `qmp` for the holder of the VM's lock, `info` for everybody who only looks."""
 
     kind = "qemu"
@@ -320,11 +320,7 @@ class QemuDriver:
 
     @contextlib.asynccontextmanager
     async def _guard(self, limit: float | None) -> AsyncIterator[PauseGuard]:
-        argv, env = our_module("diskchain.drivers.watchdog")
-        argv.append(str(self.run_dir / "watch.sock"))
-        if limit is not None:
-            argv.append(str(limit))
-        guard = await _Watchdog.start(argv, self.home / "watchdog.log", env)
+        guard = await WatchdogGuard.start(self.run_dir, self.home / "watchdog.log", limit)
         try:
             yield guard
         finally:
@@ -386,48 +382,6 @@ class QemuDriver:
         """pid, start time and boot of this QEMU."""
         process = self.process()
         return f"{process.pid}:{process.start}:{boot_id()}" if process else ""
-
-
-class _Watchdog:
-    """Our end of the watchdog process."""
-
-    def __init__(self, child: asyncio.subprocess.Process) -> None:
-        self._child = child
-        self._fired = asyncio.create_task(self._listen())
-
-    @classmethod
-    async def start(cls, argv: list[str], log: Path, env: Mapping[str, str]) -> _Watchdog:
-        child = await spawn_piped(argv, log, env=env)
-        assert child.stdout
-        if await asyncio.wait_for(child.stdout.readline(), 30) != b"ready\n":
-            raise DriverFailed("the watchdog that guards the pause did not start", hint=f"see {log}")
-        return cls(child)
-
-    async def _listen(self) -> bool:
-        assert self._child.stdout
-        return b"fired" in await self._child.stdout.readline()
-
-    def _tell(self, word: bytes) -> None:
-        assert self._child.stdin
-        self._child.stdin.write(word)
-
-    def arm(self) -> None:
-        self._tell(b"arm\n")
-
-    def disarm(self) -> None:
-        self._tell(b"done\n")
-
-    def fired(self) -> bool:
-        return self._fired.done() and self._fired.result()
-
-    async def stop(self) -> None:
-        """Close its stdin: a guard that was armed and not disarmed lets the VM go on now."""
-        assert self._child.stdin
-        with contextlib.suppress(OSError, RuntimeError):
-            self._child.stdin.close()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._child.wait(), 5)
-        self._fired.cancel()
 
 
 def _target_of(block: Mapping[str, Any]) -> str:

@@ -1,7 +1,18 @@
-"""The small process that lets a paused VM go on when diskchain can't: `python -m diskchain.drivers.watchdog SOCKET`.
+"""The small process that lets a paused VM go on, and thaws its file systems, when diskchain can't.
 
-It is connected to QEMU before the pause begins. On stdin: `arm` (the pause begins), `done` (it is over); end of file
-while armed = diskchain is dead. It acts then, or `LIMIT` seconds after `arm`. On stdout: `ready`, and `fired` if it acted.
+    python -m diskchain.drivers.watchdog RUN_DIR [LIMIT]
+
+It is connected to QEMU before the pause begins, and it is the one that talks to the guest agent: what was frozen
+through it, it thaws. On stdin, one word a line:
+
+    freeze SECONDS   freeze the guest's file systems, in at most that time     -> frozen N      | failed WHY
+    status           are they still frozen?                                    -> status WORD   | failed WHY
+    arm, done        the pause begins, is over
+    thaw             thaw them                                                 -> thawed WORD N | failed WHY
+
+(WORD: what the agent held them for until then, `frozen` or `thawed`; N: how many there were.) End of file = diskchain is
+done or dead: what is paused then goes on, what is frozen is thawed. The same happens `LIMIT` seconds after `arm` (never
+without LIMIT), and HOLD seconds after a freeze; `fired` is said then. A thaw that nobody answers is tried for an hour.
 """
 
 from __future__ import annotations
@@ -10,35 +21,145 @@ import asyncio
 import contextlib
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
+from diskchain.drivers.agent import ATTEMPT, Agent, thaw_patiently
 from diskchain.drivers.monitor import Monitor
-from diskchain.errors import DiskchainError
+from diskchain.errors import AgentFailed, DiskchainError
 
-_GIVE_UP = 600.0  # seconds after which a VM that can't be resumed is left to `recover`
+GIVE_UP = 600.0  # seconds after which a VM that can't be resumed is left to `recover`
+THAW_GIVE_UP = 3600.0
+HOLD = 8.0  # seconds that a running guest may be frozen: it writes again within 10
 
 
-async def watch(socket: Path, limit: float | None) -> None:
-    """Stay until told `done`; resume the VM when the writer of our stdin dies, or the limit is over."""
-    monitor = await Monitor.connect(socket)
-    lines = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    print("ready", flush=True)
-    if await lines.readline() != b"arm\n":
-        return
-    try:
-        if await asyncio.wait_for(lines.readline(), limit) == b"done\n":
+class Watchdog:
+    """What was begun and must be ended, by us if nobody else does."""
+
+    def __init__(self, run_dir: Path, limit: float | None) -> None:
+        self._run_dir, self._limit = run_dir, limit
+        self._monitor: Monitor | None = None
+        self._agent: Agent | None = None
+        self._channel = contextlib.AsyncExitStack()
+        self._armed = self._frozen = False
+        self._armed_until: float | None = None
+        self._frozen_until = 0.0
+        self._thawing: asyncio.Task[None] | None = None
+
+    async def watch(self) -> None:
+        """Obey the words on stdin until its end."""
+        self._monitor = await Monitor.connect(self._run_dir / "watch.sock")
+        words = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(words), sys.stdin)
+        _say("ready")
+        while True:
+            try:
+                line = await asyncio.wait_for(words.readline(), self._left())
+            except TimeoutError:
+                _say("fired")
+                await self._let_go()
+                continue
+            if not line:
+                break
+            await self._obey(line.decode("ascii", "replace").split())
+        await self._let_go()
+        await self._monitor.close()  # the next operation's watchdog needs the socket, however long the thaw takes
+        if self._thawing:
+            await self._thawing
+
+    def _left(self) -> float | None:
+        """Seconds until we act by ourselves."""
+        end = self._frozen_until if self._frozen else None
+        if self._armed:
+            end = self._armed_until  # while the guest stands still, nothing in it waits for its disks
+        return None if end is None else max(0.0, end - time.monotonic())
+
+    async def _obey(self, words: list[str]) -> None:
+        match words:
+            case ["arm"]:
+                self._armed = True
+                self._armed_until = None if self._limit is None else time.monotonic() + self._limit
+            case ["done"]:
+                self._armed = False
+                self._frozen_until = time.monotonic() + HOLD
+            case ["freeze", seconds]:
+                await _answer(self._freeze(float(seconds)))
+            case ["status"]:
+                await _answer(self._status())
+            case ["thaw"]:
+                await _answer(self._thaw())
+
+    async def _freeze(self, limit: float) -> str:
+        self._frozen = True  # from the first byte that we send
+        try:
+            self._agent = await self._channel.enter_async_context(Agent.connect(self._run_dir / "agent.sock"))
+            count = await self._agent.freeze(limit)
+        except DiskchainError:
+            await self._begin_thaw()  # it may freeze a minute later all the same
+            raise
+        self._frozen_until = time.monotonic() + HOLD
+        return f"frozen {count}"
+
+    async def _status(self) -> str:
+        if not self._frozen or self._agent is None:
+            return "status thawed"
+        return f"status {_word(await self._agent.is_frozen())}"
+
+    async def _thaw(self) -> str:
+        if self._thawing:  # we have acted already: they were not frozen until now
+            await asyncio.wait([self._thawing], timeout=ATTEMPT)
+            if not self._thawing.done():
+                raise AgentFailed("the guest agent does not answer")
+        if not self._frozen or self._agent is None:
+            return "thawed thawed 0"
+        try:
+            was, count = await self._agent.thaw()
+        except DiskchainError:
+            await self._begin_thaw()
+            raise
+        self._frozen = False
+        return f"thawed {_word(was)} {count}"
+
+    async def _let_go(self) -> None:
+        """Resume and thaw what we are responsible for."""
+        if self._armed and self._monitor:
+            await let_go_on(self._monitor)
+        self._armed = False
+        await self._begin_thaw()
+
+    async def _begin_thaw(self) -> None:
+        """Thaw in the background: a pause that begins meanwhile must find us listening."""
+        if not self._frozen:
             return
-    except TimeoutError:
-        pass
-    with contextlib.suppress(OSError):
-        print("fired", flush=True)
-    await let_go_on(monitor)
+        self._frozen, self._agent = False, None
+        await self._channel.aclose()
+        self._thawing = asyncio.create_task(self._thaw_patiently())
+
+    async def _thaw_patiently(self) -> None:
+        with contextlib.suppress(DiskchainError):
+            await thaw_patiently(self._run_dir / "agent.sock", THAW_GIVE_UP)
+
+
+async def _answer(work: Coroutine[Any, Any, str]) -> None:
+    try:
+        _say(await work)
+    except DiskchainError as error:
+        _say(f"failed {error.message}")
+
+
+def _word(frozen: bool) -> str:
+    return "frozen" if frozen else "thawed"
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be there any more
+        print(line.replace("\n", " "), flush=True)
 
 
 async def let_go_on(monitor: Monitor) -> None:
     """Resume the VM as soon as it can be resumed."""
-    end = time.monotonic() + _GIVE_UP
+    end = time.monotonic() + GIVE_UP
     while time.monotonic() < end:
         try:
             status = (await monitor.execute("query-status"))["status"]
@@ -53,10 +174,10 @@ async def let_go_on(monitor: Monitor) -> None:
 
 
 def main() -> None:
-    """Run from the command line: SOCKET [LIMIT in seconds]."""
+    """Run from the command line: RUN_DIR [LIMIT in seconds]."""
     limit = float(sys.argv[2]) if len(sys.argv) > 2 else None
     with contextlib.suppress(DiskchainError, BrokenPipeError):
-        asyncio.run(watch(Path(sys.argv[1]), limit))
+        asyncio.run(Watchdog(Path(sys.argv[1]), limit).watch())
 
 
 if __name__ == "__main__":

@@ -186,11 +186,29 @@ async def check(host: Host, name: str, *, deep: bool = False) -> list[Finding]:
     if seen.state is VMState.CRASHED:
         found.append(error("crashed", seen.name, "the guest has crashed; QEMU stands still",
                            f"diskchain stop {seen.name} --force, then start"))  # fmt: skip
+    if seen.state is VMState.RUNNING and seen.home is not None:
+        found += await _frozen_guest(host, seen, seen.home)
     if seen.catalog is not None and seen.home is not None:
         found += await asyncio.to_thread(_files, host, seen, seen.catalog, seen.home, deep)
         if deep and seen.state is VMState.STOPPED and not seen.busy:
             found += await _images_inside(host, seen, seen.catalog, found)
     return found
+
+
+async def _frozen_guest(host: Host, seen: Look, home: Home) -> list[Finding]:
+    """Ask the guest agent, unless an operation is at work on the VM: it may be talking to it."""
+    if seen.busy or locks.holder_operation(home.lock) or seen.registered is None:
+        return []
+    driver = QemuDriver(seen.registered, host.machines, host.config.run_dir, socket="info")
+    try:
+        if not driver.has_agent() or not await driver.is_frozen():
+            return []
+    except DiskchainError:
+        return []  # no agent, or one that does not answer: that is no damage
+    finally:
+        await driver.close()
+    return [error("guest-frozen", seen.name, "the guest's file systems are frozen: its programs wait as soon as they write",
+                  f"diskchain recover {seen.name}")]  # fmt: skip
 
 
 def _files(host: Host, seen: Look, catalog: Catalog, home: Home, deep: bool) -> list[Finding]:

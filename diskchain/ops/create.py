@@ -3,7 +3,8 @@
 -         lock; chain healthy; name free; space; background save probed               recover: nothing changed
 intent    journal; memory file and overlays made, verified, synced                     undo: unlink ours
 prepared  the catalog names the overlays (empty ones read the same); watchdog ready    ask QEMU: all-old = undo
-(pause)   stop, one transaction, capture memory, resume: nothing else is in the pause  QEMU gone = forward
+(pause)   freeze if asked for; stop, one transaction, capture memory, resume: nothing  QEMU gone = forward
+          else is in the pause; thaw                                                   what is frozen is thawed
 switched  disks are done; the guest runs                                               redo
 saving    memory goes to `.part`                                                       still in QEMU: finish it
 saved     sealed, renamed, catalog; journal removed last                               redo
@@ -29,6 +30,7 @@ from diskchain.host.process import uninterrupted
 from diskchain.ops import create_pause, flat_pause, layers, save_memory
 from diskchain.ops.create_rest import note_frozen, resolve_prepared, undo, wait_for_stray_save
 from diskchain.ops.progress import QUIET, Progress
+from diskchain.ops.quiesce import Freeze, noted, refuse_without_agent
 from diskchain.ops.vm import VM, new_id, now_utc, record_configuration
 from diskchain.store import journal
 from diskchain.store.journal import Entry
@@ -45,6 +47,7 @@ class Request:
     memory: str = "auto"
     max_pause: float = 0.5
     skip: tuple[str, ...] = ()  # targets that the snapshot does not cover; it has no memory then
+    quiesce: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Prepared:
     state: VMState
     save: str  # never | background | paused
     plan: Plan
+    quiesce: bool = False
 
 
 async def prepare(vm: VM, request: Request) -> Prepared:
@@ -75,6 +79,9 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         layers.refuse_foreign_writers(vm.catalog)
     else:
         await verify_running(vm)
+    quiesce = request.quiesce and not state.is_off
+    if quiesce:
+        await refuse_without_agent(vm, state)
     overlays = layers.plan_overlays(vm.catalog, covered)
     save = "never" if request.skip else await _decide_memory(vm, request.memory, state)
     _check_space(vm, overlays, save)
@@ -83,8 +90,9 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         description=request.description, was=state.value, by=getpass.getuser(), creating=True,
         consistency="off" if state.is_off else "crash",
         memory=Memory("none" if save == "never" else "saving"), partial=request.skip,
+        frozen=quiesce or vm.catalog.asleep, unquiesced="interrupted" if quiesce else "",
     )  # fmt: skip
-    return Prepared(snapshot, overlays, state, save, _plan(vm, snapshot, overlays, state, save))
+    return Prepared(snapshot, overlays, state, save, _plan(vm, snapshot, overlays, state, save, quiesce), quiesce)
 
 
 async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapshot:
@@ -94,6 +102,8 @@ async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapsh
     not be saved, the snapshot is returned with `memory.status` "failed".
     """
     prepared = await prepare(vm, request)
+    if request.quiesce and not prepared.quiesce:
+        progress.warn(f"{vm.name} is off; there is nothing to freeze")
     if prepared.save == "paused":
         runs = prepared.state is VMState.RUNNING
         progress.warn(f"{vm.name} stands still until its memory is saved" if runs
@@ -197,7 +207,7 @@ def _check_space(vm: VM, overlays: Mapping[str, Image], save: str) -> None:
                           hint="free space" + ("" if save == "never" else ", or use --disk-only"))  # fmt: skip
 
 
-def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMState, save: str) -> Plan:
+def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMState, save: str, quiesce: bool) -> Plan:
     steps = [
         f"{t}: freeze {vm.catalog.images[i.backing or ''].path.name}, go on in {i.path.name}"
         for t, i in overlays.items()
@@ -207,6 +217,8 @@ def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMSt
         steps.insert(0, "pause the VM (milliseconds)" if save != "paused" else "pause the VM until its memory is saved")
         steps.append("resume the VM")
     steps += [f"{target}: skipped; it is not in the snapshot, nor is memory" for target in snapshot.partial]
+    if quiesce:
+        steps = ["freeze the guest's file systems", *steps, "thaw them"]
     if save != "never":
         steps.append(f"save up to {size(ram)} of memory" + (" while the VM runs" if save == "background" else ""))
     need = METADATA * len(overlays) + (save_memory.space_for(ram) if save != "never" else 0)
@@ -225,6 +237,7 @@ def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
         "save": prepared.save,
         "was": prepared.state.value,
         "owner": vm.driver.save_owner(),
+        "quiesce": prepared.quiesce,
     }
 
 
@@ -251,10 +264,14 @@ async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | Non
         entry.advance("prepared")
         _name_overlays(vm, prepared)
         ran = prepared.state is VMState.RUNNING
-        pause = create_pause.Pause(vm.driver, guard, prepared.overlays, save=prepared.save, ran=ran)
+        freeze = Freeze(guard, vm.config.create.freeze_timeout) if prepared.quiesce else None
+        pause = create_pause.Pause(vm.driver, guard, prepared.overlays, save=prepared.save, ran=ran, freeze=freeze)
+        if freeze:
+            await freeze.begin()
         await uninterrupted(pause.run())
         snapshot = replace(prepared.snapshot, pause_ms=pause.milliseconds)
-        return _note_switched(vm, entry, snapshot, pause.captured, pause.why)
+        entry.data["unquiesced"] = freeze.why if freeze else ""
+        return _note_switched(vm, entry, noted(snapshot, entry.data), pause.captured, pause.why)
 
 
 def _name_overlays(vm: VM, prepared: Prepared) -> None:

@@ -10,6 +10,7 @@ from diskchain.chain.model import Image
 from diskchain.drivers.protocol import Driver, PauseGuard
 from diskchain.errors import MemoryNotSaved
 from diskchain.host.fault import point
+from diskchain.ops.quiesce import Freeze
 
 LIMIT = 9.0  # seconds until the watchdog lets the VM go on: the guest runs again within 10
 
@@ -18,17 +19,34 @@ class Pause:
     """One pause. `save`: never, background or paused; `ran`: whether the VM ran before."""
 
     def __init__(
-        self, driver: Driver, guard: PauseGuard, overlays: Mapping[str, Image], *, save: str, ran: bool
+        self,
+        driver: Driver,
+        guard: PauseGuard,
+        overlays: Mapping[str, Image],
+        *,
+        save: str,
+        ran: bool,
+        freeze: Freeze | None = None,
     ) -> None:
         self._driver, self._guard, self._overlays = driver, guard, overlays
-        self._save, self._ran = save, ran
+        self._save, self._ran, self._freeze = save, ran, freeze
         self._began = 0.0
         self.milliseconds: float | None = None
         self.captured: bool | None = None  # None: no memory was asked for
         self.why = ""
 
     async def run(self) -> None:
-        """Stop, switch, capture, resume. Whatever happens, a VM that ran runs again."""
+        """Stop, switch, capture, resume; frozen before, thawed after. Whatever happens, a VM that ran runs again."""
+        if self._freeze is None:
+            await self._stand_still()
+            return
+        try:
+            await self._freeze.verify()
+            await self._stand_still()
+        finally:
+            await self._freeze.end()
+
+    async def _stand_still(self) -> None:
         self._began = time.perf_counter()
         if self._ran:
             self._guard.arm()

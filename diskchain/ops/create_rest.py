@@ -8,7 +8,7 @@ from diskchain.chain.model import Catalog, Image, Memory, Snapshot
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import ChainDamaged
 from diskchain.host import files
-from diskchain.ops import layers, save_memory
+from diskchain.ops import layers, quiesce, save_memory
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, remove_snapshot_dir
 from diskchain.store.journal import Entry
@@ -71,6 +71,15 @@ async def wait_for_stray_save(vm: VM, entry: Entry, progress: Progress) -> None:
     if vm.driver.save_owner() == entry.data["owner"]:
         await save_memory.wait_until_over(vm, progress)
         await vm.driver.end_memory_save()
+
+
+async def thaw_what_was_frozen(vm: VM, entry: Entry, progress: Progress) -> None:
+    """After our death (and perhaps the watchdog's): a guest that may be frozen runs, and is thawed."""
+    if not entry.data.get("quiesce") or (await vm.driver.state()).is_off:
+        return
+    await wait_for_stray_save(vm, entry, progress)
+    await _let_run(vm, entry)
+    await quiesce.thaw(vm, progress)
 
 
 async def _let_run(vm: VM, entry: Entry) -> None:

@@ -201,7 +201,9 @@ def snapshot_json(seen: SnapshotView) -> dict[str, Any]:
     s, memory = seen.snapshot, seen.snapshot.memory
     return {
         "id": s.id, "name": s.name, "created": s.created, "parent": seen.parent, "description": s.description,
-        "state": s.state, "consistency": s.consistency, "partial": list(s.partial), "disks": seen.disks,
+        "state": s.state, "consistency": s.consistency, "partial": list(s.partial), "quiesced": s.quiesced,
+        "unquiesced": s.unquiesced or None,
+        "disks": seen.disks,
         "memory": {"status": memory.status, "bytes": memory.bytes, "sha256": memory.sha256 or None,
                    "seconds": memory.seconds, "reason": memory.reason or None},
         "pause_ms": s.pause_ms, "was": s.was, "by": s.by, "protected": s.protected, "automatic": s.automatic,

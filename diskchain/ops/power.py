@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError, Refused
 from diskchain.host.fault import point
-from diskchain.ops import delete, layers, recover
+from diskchain.ops import delete, layers, quiesce, recover
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM
@@ -35,6 +35,8 @@ async def start(vm: VM, progress: Progress = QUIET, *, paused: bool = False) -> 
     if not state.is_off:
         raise Refused(f"{vm.name} is on already, {state.value}", hint=f"diskchain resume {vm.name}")
     await asyncio.to_thread(layers.verify_active, vm.catalog)
+    if vm.catalog.asleep:
+        vm.save(replace(vm.catalog, asleep=False))
     point("start.launching")
     await vm.driver.start(vm.catalog.active_chains(), paused=paused)
     return True
@@ -88,7 +90,7 @@ async def pause(vm: VM) -> bool:
     return True
 
 
-async def resume(vm: VM) -> bool:
+async def resume(vm: VM, progress: Progress = QUIET) -> bool:
     """Let the virtual CPUs go on; return False when they run already. Raise Refused when the VM is off."""
     state = await vm.driver.state()
     if state.is_off:
@@ -96,4 +98,14 @@ async def resume(vm: VM) -> bool:
     if state is VMState.RUNNING:
         return False
     await vm.driver.resume()
+    await _wake(vm, progress)
     return True
+
+
+async def _wake(vm: VM, progress: Progress) -> None:
+    """A revert left the guest paused as its memory was loaded: now that it runs, thaw it and tell it the time."""
+    if not vm.catalog.asleep:
+        return
+    current = vm.catalog.snapshots.get(vm.catalog.current or "")
+    await quiesce.wake(vm, progress, frozen=current is None or current.frozen)
+    vm.save(replace(vm.catalog, asleep=False))

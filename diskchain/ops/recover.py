@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import RecordDamaged, Refused, Unfinished
 from diskchain.host import files
-from diskchain.ops import create, create_rest, delete, flat_pause, layers, revert, save_memory
+from diskchain.ops import create, create_rest, delete, flat_pause, layers, quiesce, revert, save_memory
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM
 from diskchain.store import journal
@@ -65,13 +65,15 @@ async def _create(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
         await create_rest.undo(vm, entry)
         return "undone", "the VM's disks were not switched"
     if entry.state == "prepared":
+        await create_rest.thaw_what_was_frozen(vm, entry, progress)
         return await create_rest.resolve_prepared(vm, entry, progress)
     if undo:
         raise Refused(
             "the disks were switched; the snapshot exists", hint=f"diskchain recover {vm.name}, then delete it"
         )
     snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
-    snapshot = create_rest.note_frozen(vm, replace(snapshot, pause_ms=entry.data.get("pause_ms")))
+    snapshot = quiesce.noted(replace(snapshot, pause_ms=entry.data.get("pause_ms")), entry.data)
+    snapshot = create_rest.note_frozen(vm, snapshot)
     if entry.state == "saved":
         memory = await save_memory.seal(vm.home, snapshot.id, 0.0)
         vm.save(vm.catalog.with_snapshot(replace(snapshot, memory=memory, consistency="memory")))
@@ -99,9 +101,10 @@ async def _revert(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
         await revert.undo(vm, entry)
         return "undone", "the VM is on its disks of before"
     if entry.state == "switched":
-        return await revert.resume_load(vm, entry), "the VM is on the reverted disks"
+        return await revert.resume_load(vm, entry, progress), "the VM is on the reverted disks"
     if entry.data["power"] == "running" and await vm.driver.state() is VMState.PAUSED:
         await vm.driver.resume()
+    await revert.wake(vm, entry, progress)
     await revert.finish(vm, entry)
     return "finished", "the VM is on the reverted disks"
 

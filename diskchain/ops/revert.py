@@ -26,14 +26,25 @@ from diskchain.errors import (
 )
 from diskchain.host import files
 from diskchain.host.fault import point
-from diskchain.ops import layers, save_memory
+from diskchain.ops import layers, quiesce, save_memory
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.revert_plan import Prepared, Request, prepare, undo_target
 from diskchain.ops.vm import VM, new_id, now_utc, record_configuration, remove_snapshot_dir
 from diskchain.store import journal, memory_file
 from diskchain.store.journal import Entry
 
-__all__ = ["Prepared", "Request", "Reverted", "finish", "prepare", "resume_load", "revert", "undo", "undo_target"]
+__all__ = [
+    "Prepared",
+    "Request",
+    "Reverted",
+    "finish",
+    "prepare",
+    "resume_load",
+    "revert",
+    "undo",
+    "undo_target",
+    "wake",
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ async def revert(vm: VM, request: Request, progress: Progress = QUIET) -> Revert
         entry.advance("switched")
         await _switch(vm, entry)
         await _load(vm, entry, memory)
+    await wake(vm, entry, progress)
     await finish(vm, entry)
     final = await vm.driver.state()
     return Reverted(prepared.snapshot, prepared.keep.name if prepared.keep else None, final.value, prepared.changes,
@@ -163,8 +175,9 @@ async def _switch(vm: VM, entry: Entry) -> None:
     tops = {**entry.data["stays"], **{t: o["id"] for t, o in entry.data["overlays"].items()}}
     active = {t: tops[t] for t in entry.data["targets"]}
     counted = before["keeps"] + (1 if keep and keep["automatic"] else 0)
+    asleep = entry.data["with_memory"] and entry.data["power"] == "paused"
     vm.save(replace(catalog, active=active, left=left, keeps=counted, targets=tuple(active),
-                    detached=_detached(entry, active, keep)))  # fmt: skip
+                    detached=_detached(entry, active, keep), asleep=asleep))  # fmt: skip
     point("revert.catalog")
     await vm.driver.define(Definition(**entry.data["definition"]), vm.catalog.active_chains())
     point("revert.definition")
@@ -194,6 +207,12 @@ async def _load(vm: VM, entry: Entry, memory: int | None) -> None:
     point("revert.resumed")
 
 
+async def wake(vm: VM, entry: Entry, progress: Progress) -> None:
+    """A guest that runs from its saved memory again is thawed if that froze it, and told the time. Can be repeated."""
+    if entry.data["with_memory"] and entry.data["power"] == "running":
+        await quiesce.wake(vm, progress, frozen=vm.catalog.snapshots[entry.data["snapshot"]].frozen)
+
+
 async def finish(vm: VM, entry: Entry) -> None:
     """From `loaded` to the end: what was discarded is put away. Can be repeated."""
     if entry.data["keep"] is None:
@@ -220,7 +239,7 @@ def _discarded(catalog: Catalog, entry: Entry) -> list[str]:
     ]
 
 
-async def resume_load(vm: VM, entry: Entry) -> str:
+async def resume_load(vm: VM, entry: Entry, progress: Progress) -> str:
     """Recovery from `switched`: finish the revert; return in words what was done."""
     await _switch(vm, entry)
     untouched = all(layers.is_empty(i.path) for i in _overlays(vm, entry).values())
@@ -236,6 +255,7 @@ async def resume_load(vm: VM, entry: Entry) -> str:
         finally:
             if memory is not None:
                 os.close(memory)
+    await wake(vm, entry, progress)
     await finish(vm, entry)
     return "finished"
 

@@ -151,6 +151,7 @@ def _keep(catalog: Catalog, request: Request, state: VMState) -> Snapshot:
         id=new_id(), name=name, created=now_utc(), parent=catalog.current, disks=dict(catalog.active),
         description=f"the present before going back to {request.name}", automatic=not request.keep_as,
         consistency="off" if state.is_off else "crash", was=state.value, by=getpass.getuser(), memory=memory,
+        frozen=catalog.asleep,
     )  # fmt: skip
 
 

@@ -53,6 +53,17 @@ class QemuCase:
         self.registered = Registered(machine, self.home, "contract.toml")
         self.machines.put(self.registered)
 
+    def give_agent(self) -> None:
+        """Before the first start: the guest agent's channel, an agent, and a program that writes to an ext4 on vdb."""
+        raw, qcow2 = self.dir / "ext4.raw", self.bases["vdb"].path
+        subprocess.run(["mkfs.ext4", "-q", "-F", raw, "64M"], check=True)
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, qcow2], check=True)
+        raw.unlink()
+        machine = replace(self.registered.machine, agent=True, initrd=str(guest_files(agent=True)[1]),
+                          append="console=ttyS0 quiet dc=tick,fsvdb,agent")  # fmt: skip
+        self.registered = replace(self.registered, machine=machine)
+        self.machines.put(self.registered)
+
     def image(self, target: str, backing: Image | None) -> Image:
         """Make a base, or an overlay."""
         name = f"{target}.{len(list(self.dir.glob('*.qcow2')))}.qcow2"

@@ -52,6 +52,8 @@ class Rig:
     cpus: int = 1
     modes: str = "cnt,tick"
     raw: Sequence[str] = ()
+    ext4: Sequence[str] = ()  # of the raw ones: those that get a file system
+    agent: bool = False
     expected: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,12 +67,15 @@ class Rig:
         """Make the disks and define the machine; with `guest` it boots the micro guest."""
         lines = [f'name = "{self.name}"', f'memory = "{self.memory}"', f"cpus = {self.cpus}", 'accel = "tcg"']
         if guest:
-            kernel, initrd = guest_files()
+            kernel, initrd = guest_files(agent=self.agent)
+            lines += ["agent = true"] if self.agent else []
             lines += [f'kernel = "{kernel}"', f'initrd = "{initrd}"']
             lines += [f'append = "console=ttyS0 quiet dc={self.modes}"']
         for target in self.targets:
             fmt = "raw" if target in self.raw else "qcow2"
             self.qemu_img("create", "-q", "-f", fmt, str(self.dir / f"{target}.{fmt}"), str(self.size))
+            if target in self.ext4:
+                subprocess.run(["mkfs.ext4", "-q", "-F", str(self.dir / f"{target}.{fmt}")], check=True)
             lines += ["[[disk]]", f'target = "{target}"', f'image = "{target}.{fmt}"']
         (self.dir / "vm.toml").write_text("\n".join(lines) + "\n")
         self.ok("machine", "define", str(self.dir / "vm.toml"))
@@ -83,7 +88,7 @@ class Rig:
             "PYTHONPATH": str(ROOT),
             "DISKCHAIN_STATE_DIR": str(self.dir / "state"),
             "DISKCHAIN_RUN_DIR": str(self.run_dir),
-            "XDG_CONFIG_HOME": str(self.dir / "no-config"),
+            "XDG_CONFIG_HOME": str(self.dir / "config"),
         }
 
     # -- running diskchain

@@ -1,0 +1,123 @@
+"""Our end of the watchdog process (drivers/watchdog.py): the guard of a pause and of frozen file systems."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from diskchain.drivers.agent import ATTEMPT, thaw_patiently
+from diskchain.errors import AgentFailed, DiskchainError, DriverFailed
+from diskchain.host.process import our_module, spawn_piped, uninterrupted
+
+_PATIENCE = 15.0  # seconds that we try to thaw ourselves when the watchdog was killed
+
+
+class WatchdogGuard:
+    """A PauseGuard. Should the watchdog be killed, what was frozen through it is thawed by us."""
+
+    def __init__(self, child: asyncio.subprocess.Process, run_dir: Path) -> None:
+        self._child, self._channel = child, run_dir / "agent.sock"
+        self._answers: asyncio.Queue[str] = asyncio.Queue()
+        self._fired = self._frozen = False
+        self._listening = asyncio.create_task(self._listen())
+
+    @classmethod
+    async def start(cls, run_dir: Path, log: Path, limit: float | None) -> WatchdogGuard:
+        """Start the process and wait until it is connected. Raise DriverFailed."""
+        argv, env = our_module("diskchain.drivers.watchdog")
+        argv += [str(run_dir), *([] if limit is None else [str(limit)])]
+        child = await spawn_piped(argv, log, env=env)
+        assert child.stdout
+        if await asyncio.wait_for(child.stdout.readline(), 30) != b"ready\n":
+            raise DriverFailed("the watchdog that guards the pause did not start", hint=f"see {log}")
+        return cls(child, run_dir)
+
+    async def _listen(self) -> None:
+        assert self._child.stdout
+        while line := await self._child.stdout.readline():
+            if line == b"fired\n":
+                self._fired = True
+            else:
+                self._answers.put_nowait(line.decode("utf-8", "replace").strip())
+        self._answers.put_nowait("")  # it is gone
+
+    def _tell(self, words: str) -> None:
+        assert self._child.stdin
+        with contextlib.suppress(OSError, RuntimeError):
+            self._child.stdin.write(words.encode() + b"\n")
+
+    async def _ask(self, words: str, limit: float) -> list[str]:
+        """Return the words of the answer. Raise AgentFailed when it says so, does not answer, or was killed."""
+        self._tell(words)
+        try:
+            answer = await asyncio.wait_for(self._answers.get(), limit)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self._child.kill()  # stopped by somebody: it holds the channel, and would not thaw
+            raise AgentFailed("the watchdog that guards the pause does not answer") from None
+        if not answer:
+            self._answers.put_nowait("")
+            raise AgentFailed("the watchdog that guards the pause was killed")
+        word, _, rest = answer.partition(" ")
+        if word == "failed":
+            raise AgentFailed(rest)
+        return rest.split()
+
+    # -- the pause -------------------------------------------------------------------------------------------------
+
+    def arm(self) -> None:
+        """See PauseGuard."""
+        self._tell("arm")
+
+    def disarm(self) -> None:
+        """See PauseGuard."""
+        self._tell("done")
+
+    def fired(self) -> bool:
+        """See PauseGuard."""
+        return self._fired
+
+    # -- file systems ----------------------------------------------------------------------------------------------
+
+    async def freeze(self, limit: float) -> int:
+        """See PauseGuard."""
+        self._frozen = True
+        (count,) = await self._ask(f"freeze {limit}", limit + ATTEMPT)
+        return int(count)
+
+    async def still_frozen(self) -> bool:
+        """See PauseGuard."""
+        return await self._ask("status", 2 * ATTEMPT) == ["frozen"]
+
+    async def thaw(self) -> int:
+        """See PauseGuard."""
+        try:
+            was, count = await self._ask("thaw", 2 * ATTEMPT)
+        except AgentFailed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._listening), 0.5)  # killed: it has ended, or is about to
+            if not self._listening.done():
+                raise  # it goes on trying
+            was, count = await self._thaw_ourselves()
+        self._frozen = False
+        return int(count) if was == "frozen" and not self._fired else 0
+
+    async def _thaw_ourselves(self) -> tuple[str, str]:
+        was, count = await thaw_patiently(self._channel, _PATIENCE)
+        return "frozen" if was else "thawed", str(count)
+
+    async def stop(self) -> None:
+        """Close its stdin: what is still paused or frozen goes on now, by the watchdog, or by us if it was killed."""
+        assert self._child.stdin
+        with contextlib.suppress(OSError, RuntimeError):
+            self._child.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._child.wait(), 5)
+        self._listening.cancel()
+        if self._frozen and self._child.returncode not in (None, 0):
+            await uninterrupted(self._thaw_at_last())
+
+    async def _thaw_at_last(self) -> None:
+        with contextlib.suppress(DiskchainError):
+            await self._thaw_ourselves()
