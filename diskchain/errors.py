@@ -152,6 +152,10 @@ class MemoryDamaged(ChainDamaged):
     """A memory file that is not what was saved."""
 
 
+class StateMissing(ChainDamaged):
+    """UEFI variables or the state of a TPM, or a snapshot's copy of them, are gone or are not what they were."""
+
+
 class Unreachable(DiskchainError):
     """No connection to QEMU, libvirt, a cluster or an image store."""
 

@@ -52,6 +52,7 @@ class Machine:
     append: str = ""
     console: str = "log"
     agent: bool = False
+    tpm: bool = False
     nets: tuple[NetSpec, ...] = (NetSpec(),)
     extra: tuple[str, ...] = ()
 
@@ -71,6 +72,11 @@ class Machine:
         values["nets"] = tuple(NetSpec(**n) for n in data["nets"])
         values["extra"] = tuple(data["extra"])
         return cls(**values)
+
+
+def is_q35(kind: str) -> bool:
+    """Whether a machine type is of the q35 family."""
+    return kind == "q35" or kind.startswith("pc-q35-")
 
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?B)?|B)?\s*", re.IGNORECASE)
@@ -184,6 +190,7 @@ _MACHINE_KEYS: dict[str, Callable[[Any], Any]] = {
     "append": _text,
     "console": _one_of("log", "none"),
     "agent": _flag,
+    "tpm": _flag,
     "extra": _words,
 }  # fmt: skip
 _DISK_KEYS: dict[str, Callable[[Any], Any]] = {
@@ -275,8 +282,8 @@ def _nets(file: _File, value: Any) -> tuple[NetSpec, ...]:
 
 
 def _check_together(file: _File, machine: Machine) -> None:
-    if machine.firmware == "uefi":
-        raise file.wrong("UEFI machines are not supported yet; their NVRAM would not be in the snapshots", "firmware")
+    if machine.firmware == "uefi" and not is_q35(machine.machine):
+        raise file.wrong(f'UEFI needs machine = "q35", this one is {machine.machine}', "firmware")
     if (machine.initrd or machine.append) and not machine.kernel:
         raise file.wrong("initrd and append need kernel", "initrd" if machine.initrd else "append")
     if len(machine.disks) > 64:

@@ -84,6 +84,9 @@ class Snapshot:
     quiesced: bool = False  # its file systems were frozen at that moment, all of them, until we thawed them
     unquiesced: str = ""  # why they were not, though that was asked for
     frozen: bool = False  # its memory may hold them frozen: whoever loads it thaws them
+    captured: Mapping[str, Mapping[str, str]] = field(
+        default_factory=dict
+    )  # nvram, tpm: sha256 by file in its directory
 
     @property
     def state(self) -> str:
@@ -108,6 +111,7 @@ class Catalog:
         str, ...
     ] = ()  # last layers of disks that the VM had once: kept, active again if the disk comes back
     asleep: bool = False  # its memory was loaded, and it has not run since: `resume` wakes it
+    state_files: tuple[str, ...] = ()  # nvram, tpm: made once, so never made anew in silence
 
     # -- looking ---------------------------------------------------------------------------------------------------
 

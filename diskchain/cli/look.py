@@ -13,7 +13,7 @@ from diskchain.cli.app import App, common, error_lines
 from diskchain.cli.options import maybe_vms_argument, snapshot_argument, vm_argument
 from diskchain.errors import DiskchainError
 from diskchain.ops import look
-from diskchain.ops.look import Listing, Shown
+from diskchain.ops.look import Listing, Shown, captured
 from diskchain.ops.vm import Host
 
 
@@ -121,7 +121,8 @@ def _shown_lines(shown: Shown) -> list[str]:
         ("description", snapshot.description or "-"), ("parent", view.parent or "-"), ("state", snapshot.state),
         ("consistency", snapshot.consistency), ("skipped", ", ".join(snapshot.partial) or "-"), ("the VM was", snapshot.was),
         ("paused", "-" if snapshot.pause_ms is None else f"{snapshot.pause_ms:.0f} ms"),
-        ("protected", "yes" if snapshot.protected else "no"), ("memory", snapshot.memory.status), *_memory(shown),
+        ("protected", "yes" if snapshot.protected else "no"), ("captured", ", ".join(captured(snapshot))),
+        ("memory", snapshot.memory.status), *_memory(shown),
     ]  # fmt: skip
     lines = [f"{label + ':':<14} {text}" for label, text in fields]
     lines += ["layers, topmost first:", *map(_layer_line, shown.layers)]

@@ -20,7 +20,7 @@ from diskchain.ops import machine as ops
 from diskchain.ops.import_disks import Wanted
 from diskchain.ops.vm import Host, plain
 
-KNOWN = ["NAME", "STATE", "MEMORY", "CPUS", "DISKS", "SNAPS", "UUID", "HOME", "CONSOLE"]
+KNOWN = ["NAME", "STATE", "MEMORY", "CPUS", "DISKS", "SNAPS", "UUID", "HOME", "CONSOLE", "FIRMWARE", "TPM"]
 DISK_WORDS = {"format": "qcow2|raw", "target": "vd[a-z]{1,2}", "role": "os|data"}
 
 
@@ -102,6 +102,7 @@ def _row(one: dict[str, Any], *, exact: bool) -> render.Row:
         "NAME": one["name"], "STATE": one["state"], "CPUS": str(one["cpus"]), "UUID": one["uuid"],
         "MEMORY": str(one["memory"]) if exact else size(one["memory"]),
         "DISKS": ",".join(disk["target"] for disk in one["disks"]), "HOME": one["home"], "CONSOLE": one["console"],
+        "FIRMWARE": one["firmware"] or "?", "TPM": {True: "yes", False: "no"}.get(one["tpm"], "?"),
         "SNAPS": "?" if snapshots is None else str(snapshots),
     }  # fmt: skip
 

@@ -43,6 +43,22 @@ class Definition:
 
 
 @dataclass(frozen=True)
+class StateFile:
+    """What a VM keeps besides its disks and memory: its UEFI variables, the state of its TPM.
+
+    `pattern`: which files of a directory count. `settles`: at once when the VM is paused, so that a copy made then is of
+    that instant. `saved_late`: memory that is saved in background holds it as of a later moment.
+    """
+
+    name: str
+    path: Path
+    directory: bool = False
+    pattern: str = "*"
+    settles: bool = True
+    saved_late: bool = False
+
+
+@dataclass(frozen=True)
 class SaveProgress:
     """How far a memory save is. `status`: running, completed or failed; sizes in bytes."""
 
@@ -153,6 +169,25 @@ class Driver(Protocol):
 
     async def set_clock(self, limit: float) -> None:
         """Set the guest's clock to ours, within `limit` seconds. Raise AgentMissing, AgentFailed."""
+
+    # -- besides disks and memory
+    def state_files(self, definition: Definition) -> list[StateFile]:
+        """Return what a VM with this configuration keeps besides its disks."""
+
+    async def make_state_file(self, state: StateFile) -> None:
+        """Make it as in a machine fresh from the factory, durably. It does not exist. Raise NotFound (what to install)."""
+
+    def unusable(self, definition: Definition, name: str, sizes: Mapping[str, int]) -> str | None:
+        """Given a copy's files and sizes, say why a VM with this configuration could not start with it; None: it could."""
+
+    def check_helpers(self) -> None:
+        """Raise Refused when a helper process that the running VM needs (its TPM) has died."""
+
+    def memory_loads_with(self, definition: Definition) -> list[str]:
+        """Given a `live_definition` of then, return what is different now and does not keep its memory from loading.
+
+        Raise Refused when something is: then only a start without memory is possible.
+        """
 
     # -- power
     async def start(self, chains: Chains, *, paused: bool = False) -> None:

@@ -19,9 +19,10 @@ from diskchain.drivers import accel, migration, serial
 from diskchain.drivers.machines import Machines, Registered, differences
 from diskchain.drivers.monitor import Monitor
 from diskchain.drivers.pause_guard import WatchdogGuard
-from diskchain.drivers.protocol import Chains, Definition, PauseGuard, SaveProgress, Serial, VMState
+from diskchain.drivers.protocol import Chains, Definition, PauseGuard, SaveProgress, Serial, StateFile, VMState
 from diskchain.drivers.qemu_agent import QemuAgent
 from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
+from diskchain.drivers.qemu_parts import Parts, missing
 from diskchain.errors import DiskchainError, DriverFailed, Refused, Unreachable
 from diskchain.host import files, hugepages, rescue
 from diskchain.host.process import (
@@ -55,6 +56,7 @@ class QemuDriver(QemuAgent):
         self.run_dir = run_dir / registered.machine.uuid
         self._socket = socket
         self._monitor: Monitor | None = None
+        self._parts = Parts(registered.machine.name, registered.home, self.run_dir)
         self.name = registered.machine.name
         self.uuid = registered.machine.uuid
 
@@ -175,11 +177,34 @@ class QemuDriver(QemuAgent):
         return [disk.target for disk in _machine_of(definition).disks]
 
     def missing_files(self, definition: Definition) -> list[str]:
-        """Look for the kernel and initrd of a definition."""
+        """Look for the kernel, initrd, UEFI firmware and swtpm of a definition."""
         machine = _machine_of(definition)
-        return [f"{what} {path} does not exist"
-                for what, path in (("kernel", machine.kernel), ("initrd", machine.initrd))
-                if path and not Path(path).is_file()]  # fmt: skip
+        named = (("kernel", machine.kernel), ("initrd", machine.initrd))
+        found = [f"{what} {path} does not exist" for what, path in named if path and not Path(path).is_file()]
+        return found + missing(machine)
+
+    # -- besides disks and memory ----------------------------------------------------------------------------------
+
+    def state_files(self, definition: Definition) -> list[StateFile]:
+        """NVRAM and TPM directory, beside the records."""
+        return self._parts.state_files(_machine_of(definition))
+
+    async def make_state_file(self, state: StateFile) -> None:
+        """NVRAM from the template; a TPM that swtpm initialised."""
+        await self._parts.make(self._machine, state)
+
+    def unusable(self, definition: Definition, name: str, sizes: Mapping[str, int]) -> str | None:
+        """NVRAM must be as long as the template; a TPM needs its permanent state."""
+        return self._parts.unusable(_machine_of(definition), name, sizes)
+
+    def check_helpers(self) -> None:
+        """Look for swtpm."""
+        if self.process():
+            self._parts.check_helpers(self._machine_running())
+
+    def memory_loads_with(self, definition: Definition) -> list[str]:
+        """Compare the firmware with the one that was recorded."""
+        return self._parts.memory_loads_with(json.loads(definition.text))
 
     # -- power -----------------------------------------------------------------------------------------------------
 
@@ -188,6 +213,7 @@ class QemuDriver(QemuAgent):
         ran_with = {
             "accel": await accel.decide(self._machine.accel, self._state_dir),
             "qemu": await accel.qemu_version(),
+            **self._parts.runs_with(self._machine),
         }
         await self._launch(self._machine, ran_with, chains, stopped=paused)
 
@@ -201,19 +227,22 @@ class QemuDriver(QemuAgent):
             await self.kill()
             raise DriverFailed(f"{error.message}; {self._log_tail()}", hint=error.hint) from error
 
-    async def _launch(self, machine: Machine, ran_with: Mapping[str, str], chains: Chains, *, stopped: bool,
+    async def _launch(self, machine: Machine, ran_with: Mapping[str, Any], chains: Chains, *, stopped: bool,
                       incoming: bool = False) -> None:  # fmt: skip
         self._fresh_run_dir()
         complete = replace(machine, accel=ran_with["accel"])
         record = {"machine": machine.to_dict(), "ran_with": dict(ran_with)}
         files.write_durably(self.run_dir / "machine.json", json.dumps(record).encode())
+        prefix = await scope(self.name)
+        parts = await self._parts.launch(complete, ran_with, prefix)
         argv = command_line(complete, chains, run_dir=self.run_dir, console=self.home / "console.log",
-                            sockets=SOCKETS, stopped=stopped, incoming=incoming)  # fmt: skip
+                            sockets=SOCKETS, stopped=stopped, incoming=incoming, parts=parts)  # fmt: skip
         self._log_start = self._log_size()
-        child = spawn_detached([*await scope(self.name), *argv], self._log)
+        child = spawn_detached([*prefix, *argv], self._log)
         began = time.monotonic()
         while True:
             if child.poll() is not None:
+                await self._parts.end()
                 raise DriverFailed(f"QEMU did not start: {self._log_tail()}", hint=f"the whole log: {self._log}")
             try:
                 self._monitor = await Monitor.connect(self.run_dir / f"{self._socket}.sock", timeout=0.2)
@@ -258,6 +287,7 @@ class QemuDriver(QemuAgent):
                 break
         if process is None or not process.alive():
             await self.close()
+            await self._parts.end()
             return True
         return False
 
@@ -272,6 +302,7 @@ class QemuDriver(QemuAgent):
         await self.close()
         if not await process.gone(120):
             raise Unreachable(f"QEMU of {self.name} does not end", hint=f"diskchain stop --force {self.name}")
+        await self._parts.end()
 
     async def kill(self) -> None:
         """SIGKILL QEMU."""
@@ -281,6 +312,7 @@ class QemuDriver(QemuAgent):
             process.kill()
             if not await process.gone(60):
                 raise Unreachable(f"QEMU (pid {process.pid}) does not die; it waits for its storage")
+        await self._parts.end()
 
     async def pause(self) -> None:
         """QMP stop."""

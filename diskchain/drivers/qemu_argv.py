@@ -121,8 +121,11 @@ def command_line(
     sockets: Sequence[str],
     stopped: bool,
     incoming: bool,
+    parts: Sequence[str] = (),
 ) -> list[str]:
     """Return the words that start the machine on these chains, with one monitor per socket name.
+
+    `parts`: the words of its firmware and TPM.
 
     `machine` is complete: accelerator decided, machine type versioned. `stopped`: its CPUs wait for us (-S);
     `incoming`: it waits for its memory.
@@ -138,6 +141,7 @@ def command_line(
     words += _kernel_words(machine)
     words += _console_words(machine, console)
     words += _monitor_words(run_dir, sockets)
+    words += parts
     words += _disk_words(machine, chains)
     words += _net_words(machine)
     if machine.agent:

@@ -216,6 +216,16 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
     fsync_dir(path.parent)
 
 
+def write_new_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Make the file with `data`; after a crash it is whole or not there. On return it is on disk.
+
+    Raise Refused when there is one already, it is not touched (the caller holds a lock on the place); NoSpace.
+    """
+    if os.path.lexists(path):
+        raise Refused(f"{str(path)!r} exists already", hint="move it away, then try again")
+    write_durably(path, data, mode)
+
+
 def _write_and_close(fd: int, data: bytes) -> None:
     with open(fd, "wb", buffering=0) as file:
         view = memoryview(data)

@@ -23,6 +23,7 @@ from diskchain.errors import NotFound, ToolFailed
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
+_PACKAGES = {"swtpm": "swtpm"}  # programs that are not of qemu-utils
 _OUR_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -66,7 +67,7 @@ def find_program(name: str) -> str:
     """Given a program's name, return its absolute path. Raise NotFound saying how to install it."""
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/libexec")
     if path is None:
-        package = "qemu-system-x86" if name.startswith("qemu-system") else "qemu-utils"
+        package = "qemu-system-x86" if name.startswith("qemu-system") else _PACKAGES.get(name, "qemu-utils")
         raise NotFound(f"{name} is not installed", hint=f"apt install {package}")
     return path
 

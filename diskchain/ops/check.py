@@ -33,10 +33,9 @@ from diskchain.errors import (
     UnsupportedDisk,
 )
 from diskchain.host import files, locks, qemu_img
-from diskchain.ops import drift, leftovers
+from diskchain.ops import check_states, drift, leftovers
 from diskchain.ops.approve import checked_header, fingerprint
-from diskchain.ops.revert_plan import definition_at
-from diskchain.ops.vm import Host, plain
+from diskchain.ops.vm import Host, definition_at, plain
 from diskchain.store import catalog as catalog_store
 from diskchain.store import journal, memory_file
 from diskchain.store.catalog import Home
@@ -222,6 +221,9 @@ def _files(host: Host, seen: Look, catalog: Catalog, home: Home, deep: bool) -> 
         found += _writers(seen, catalog)
     found += detached(catalog)
     found += deep_chains(seen.name, max((len(c) for c in catalog.active_chains().values()), default=0))
+    if seen.registered and not seen.busy and not seen.in_flight:
+        driver = QemuDriver(seen.registered, host.machines, host.config.run_dir, socket="info")
+        found += check_states.own(seen.name, catalog, driver)
     for snapshot in catalog.snapshots.values():
         found += _snapshot(seen, home, snapshot, deep)
     found += leftovers.find(host, catalog, home, seen.in_flight)
@@ -393,6 +395,7 @@ def _snapshot(seen: Look, home: Home, snapshot: Snapshot, deep: bool) -> Iterato
             definition_at(home, snapshot)
         except DiskchainError as problem:
             yield error("configuration-unreadable", subject, problem.message, problem.hint)
+        yield from check_states.copies(home, snapshot, subject)
     if snapshot.memory.status == "failed":
         yield info("memory-failed", subject, f"its memory was not saved: {snapshot.memory.reason}")
     if snapshot.memory.status == "saving":

@@ -27,11 +27,11 @@ from diskchain.drivers.protocol import VMState
 from diskchain.errors import BadName, ChainDamaged, DiskchainError, MemoryNotSaved, NoSpace, NotFound, Refused
 from diskchain.host import files
 from diskchain.host.process import uninterrupted
-from diskchain.ops import create_pause, flat_pause, layers, save_memory
+from diskchain.ops import create_pause, flat_pause, layers, save_memory, state_files
 from diskchain.ops.create_rest import note_frozen, resolve_prepared, undo, wait_for_stray_save
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.quiesce import Freeze, noted, refuse_without_agent
-from diskchain.ops.vm import VM, new_id, now_utc, record_configuration
+from diskchain.ops.vm import VM, definition_at, new_id, now_utc, record_configuration
 from diskchain.store import journal
 from diskchain.store.journal import Entry
 
@@ -84,6 +84,7 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         await refuse_without_agent(vm, state)
     overlays = layers.plan_overlays(vm.catalog, covered)
     save = "never" if request.skip else await _decide_memory(vm, request.memory, state)
+    state_files.check_can_capture(vm, await vm.driver.live_definition(), state, save)
     _check_space(vm, overlays, save)
     snapshot = Snapshot(
         id=new_id(), name=name, created=now_utc(), parent=vm.catalog.current, disks=covered,
@@ -111,10 +112,11 @@ async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapsh
     await flat_pause.before(vm, prepared.save)
     entry = journal.begin(vm.home, "create", prepared.snapshot.id, now_utc(), _journal_data(vm, prepared))
     try:
-        memory_fd = await _make_files(vm, prepared)
+        memory_fd, capture = await _make_files(vm, prepared)
         try:
-            snapshot = await _switch(vm, entry, prepared, memory_fd)
+            snapshot = await _switch(vm, entry, prepared, memory_fd, capture)
         finally:
+            capture.close()
             if memory_fd is not None:
                 os.close(memory_fd)
     except (DiskchainError, OSError, asyncio.CancelledError):
@@ -241,18 +243,29 @@ def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-async def _make_files(vm: VM, prepared: Prepared) -> int | None:
-    """Make the snapshot's directory, configuration, memory file and overlays; return the memory file's descriptor."""
-    await record_configuration(vm, prepared.snapshot.id)
+async def _make_files(vm: VM, prepared: Prepared) -> tuple[int | None, state_files.Capture]:
+    """Make the snapshot's directory, configuration, memory file, overlays, and the file for NVRAM and TPM.
+
+    Return the memory file's descriptor, and what copies NVRAM and TPM.
+    """
+    definition = await record_configuration(vm, prepared.snapshot.id)
     await layers.make_overlays(vm.catalog, prepared.overlays)
+    capture = state_files.Capture(vm, prepared.snapshot.id, definition)
     if prepared.save == "never":
-        return None
-    return await save_memory.make_file(vm, prepared.snapshot.id, was_running=prepared.state is VMState.RUNNING)
+        return None, capture
+    try:
+        fd = await save_memory.make_file(vm, prepared.snapshot.id, was_running=prepared.state is VMState.RUNNING)
+    except BaseException:
+        capture.close()
+        raise
+    return fd, capture
 
 
-async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | None) -> Snapshot:
+async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | None,
+                  capture: state_files.Capture) -> Snapshot:  # fmt: skip
     """Cross the point of no return: from `prepared` to `switched` (or `saving`)."""
     if prepared.state.is_off:
+        capture.copy()
         entry.advance("prepared")
         _name_overlays(vm, prepared)
         return _note_switched(vm, entry, prepared.snapshot, None, "")
@@ -265,7 +278,9 @@ async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | Non
         _name_overlays(vm, prepared)
         ran = prepared.state is VMState.RUNNING
         freeze = Freeze(guard, vm.config.create.freeze_timeout) if prepared.quiesce else None
-        pause = create_pause.Pause(vm.driver, guard, prepared.overlays, save=prepared.save, ran=ran, freeze=freeze)
+        pause = create_pause.Pause(
+            vm.driver, guard, prepared.overlays, capture, save=prepared.save, ran=ran, freeze=freeze
+        )
         if freeze:
             await freeze.begin()
         await uninterrupted(pause.run())
@@ -281,10 +296,13 @@ def _name_overlays(vm: VM, prepared: Prepared) -> None:
 
 
 def _note_switched(vm: VM, entry: Entry, snapshot: Snapshot, captured: bool | None, why: str) -> Snapshot:
-    """Past the point of no return: journal, then fingerprints of what is frozen now, then the catalog."""
+    """Past the point of no return: NVRAM and TPM, journal, fingerprints of what is frozen now, then the catalog."""
     if captured is False:
         snapshot = replace(snapshot, memory=Memory("failed", reason=why))
-    entry.advance("saving" if captured else "switched", pause_ms=snapshot.pause_ms, reason=why, captured_at=time.time())
+    taken_at = time.time()
+    snapshot = replace(snapshot, captured=state_files.finish_capture(vm, snapshot.id, definition_at(vm.home, snapshot)))
+    entry.advance("saving" if captured else "switched", pause_ms=snapshot.pause_ms, reason=why, captured_at=taken_at,
+                  captured=snapshot.captured)  # fmt: skip
     return note_frozen(vm, snapshot)
 
 

@@ -11,6 +11,7 @@ from diskchain.drivers.protocol import Driver, PauseGuard
 from diskchain.errors import MemoryNotSaved
 from diskchain.host.fault import point
 from diskchain.ops.quiesce import Freeze
+from diskchain.ops.state_files import Capture
 
 LIMIT = 9.0  # seconds until the watchdog lets the VM go on: the guest runs again within 10
 
@@ -23,12 +24,13 @@ class Pause:
         driver: Driver,
         guard: PauseGuard,
         overlays: Mapping[str, Image],
+        state_files: Capture,
         *,
         save: str,
         ran: bool,
         freeze: Freeze | None = None,
     ) -> None:
-        self._driver, self._guard, self._overlays = driver, guard, overlays
+        self._driver, self._guard, self._overlays, self._state_files = driver, guard, overlays, state_files
         self._save, self._ran, self._freeze = save, ran, freeze
         self._began = 0.0
         self.milliseconds: float | None = None
@@ -54,6 +56,7 @@ class Pause:
             if self._ran:
                 await self._driver.pause()
             point("create.paused")
+            self._state_files.copy()  # before the switch: a snapshot whose disks are frozen has its NVRAM and TPM
             await self._driver.switch_disks(self._overlays)
             point("create.disks-switched")
             if self._save != "never":

@@ -8,9 +8,9 @@ from diskchain.chain.model import Catalog, Image, Memory, Snapshot
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import ChainDamaged
 from diskchain.host import files
-from diskchain.ops import layers, quiesce, save_memory
+from diskchain.ops import layers, quiesce, save_memory, state_files
 from diskchain.ops.progress import Progress
-from diskchain.ops.vm import VM, remove_snapshot_dir
+from diskchain.ops.vm import VM, definition_at, remove_snapshot_dir
 from diskchain.store.journal import Entry
 
 
@@ -35,7 +35,9 @@ async def resolve_prepared(vm: VM, entry: Entry, progress: Progress) -> tuple[st
         return "undone", "the VM's disks were not switched"
     await wait_for_stray_save(vm, entry, progress)
     await _let_run(vm, entry)
-    snapshot = note_frozen(vm, vm.catalog.snapshots[entry.data["snapshot"]])
+    snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
+    captured = state_files.finish_capture(vm, snapshot.id, definition_at(vm.home, snapshot))
+    snapshot = note_frozen(vm, replace(snapshot, captured=captured))
     if snapshot.memory.status == "saving":
         return without_memory(vm, entry, "interrupted while the VM was paused")
     entry.close()

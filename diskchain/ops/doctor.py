@@ -17,7 +17,7 @@ from pathlib import Path
 from diskchain.chain.rules import Finding, error, full_volume, info, qemu_traps, warning
 from diskchain.chain.text import size
 from diskchain.config import Config
-from diskchain.drivers import accel
+from diskchain.drivers import accel, firmware
 from diskchain.errors import DiskchainError, NotFound
 from diskchain.host import hugepages, locks, probe
 from diskchain.host.process import find_program, run, scope
@@ -91,8 +91,22 @@ def _tools() -> Iterator[Finding]:
                 yield error("tool-missing", name, problem.message, hint)
             else:
                 yield info("tool-missing", name, f"{problem.message}; only tests and repairs by hand use it", hint)
+    yield from _machine_parts()
     virsh = shutil.which("virsh")
     yield info("libvirt", "libvirt", f"present ({virsh}); diskchain does not use it yet" if virsh else "not installed")
+
+
+def _machine_parts() -> Iterator[Finding]:
+    """What machines with UEFI or a TPM need; most need neither."""
+    try:
+        pair = firmware.find("pc-q35-7.2")
+        yield info("uefi", "UEFI", f"{pair.code}, variables from {pair.template}")
+    except NotFound as problem:
+        yield info("uefi-missing", "UEFI", 'not installed; machines with firmware = "uefi" need it', problem.hint)
+    try:
+        yield info("swtpm", "TPM", find_program("swtpm"))
+    except NotFound as problem:
+        yield info("swtpm-missing", "TPM", "swtpm is not installed; machines with tpm = true need it", problem.hint)
 
 
 async def _kvm() -> AsyncIterator[Finding]:

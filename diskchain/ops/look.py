@@ -206,10 +206,16 @@ def snapshot_json(seen: SnapshotView) -> dict[str, Any]:
         "disks": seen.disks,
         "memory": {"status": memory.status, "bytes": memory.bytes, "sha256": memory.sha256 or None,
                    "seconds": memory.seconds, "reason": memory.reason or None},
-        "pause_ms": s.pause_ms, "was": s.was, "by": s.by, "protected": s.protected, "automatic": s.automatic,
+        "captured": captured(s), "pause_ms": s.pause_ms,
+        "was": s.was, "by": s.by, "protected": s.protected, "automatic": s.automatic,
         "current": seen.current, "keeps": seen.keeps, "frees": seen.frees,
         "age_seconds": None if seen.age_seconds is None else int(seen.age_seconds), "warnings": seen.warnings,
     }  # fmt: skip
+
+
+def captured(snapshot: Snapshot) -> list[str]:
+    """Return what a snapshot holds of its VM."""
+    return ["disks", "configuration", *snapshot.captured, *(["memory"] if snapshot.memory.saved else [])]
 
 
 def listing_json(listing: Listing) -> dict[str, Any]:
@@ -289,8 +295,8 @@ async def machines(host: Host) -> list[dict[str, Any]]:
         try:
             found.append(await _machine(host, host.machines.get(name)))
         except DiskchainError:
-            found.append({"name": name, "uuid": None, "state": "damaged", "memory": None, "cpus": None, "disks": [],
-                          "macs": [], "home": None, "console": None, "snapshots": None})  # fmt: skip
+            unknown = ("uuid", "memory", "cpus", "firmware", "tpm", "home", "console", "snapshots")
+            found.append({"name": name, "state": "damaged", "disks": [], "macs": [], **dict.fromkeys(unknown)})
     return found
 
 
@@ -305,6 +311,7 @@ async def _machine(host: Host, registered: Registered) -> dict[str, Any]:
         pass
     return {
         "name": machine.name, "uuid": machine.uuid, "state": state, "memory": machine.memory, "cpus": machine.cpus,
+        "firmware": machine.firmware, "tpm": machine.tpm,
         "disks": [_disk(asdict(d), catalog) for d in machine.disks], "macs": [n.mac for n in machine.nets],
         "home": str(registered.home), "console": str(registered.home / "console.log"),
         "snapshots": len(catalog.visible()) if catalog else None,
@@ -323,6 +330,8 @@ def plan_define(file: Path) -> Plan:
     """Return what `machine define` would define, read from the file alone. Raise NotFound, BadMachineFile."""
     machine = parse(file)
     steps = [f"define it with {size(machine.memory)} of memory and {machine.cpus} CPUs"]
+    steps += [f"firmware: {machine.firmware}"] if machine.firmware != "bios" else []
+    steps += ["a TPM (swtpm)"] if machine.tpm else []
     steps += [f"{disk.target}: {file.parent / disk.image}" for disk in machine.disks]
     return Plan(f"{machine.name}: define", tuple(steps))
 

@@ -16,6 +16,7 @@ from diskchain.drivers import accel
 from diskchain.drivers.machines import Machines, Registered, with_absolute_paths
 from diskchain.drivers.protocol import VMState
 from diskchain.drivers.qemu import QemuDriver
+from diskchain.drivers.qemu_parts import check_installed
 from diskchain.errors import (
     BadMachineFile,
     ChainDamaged,
@@ -30,7 +31,7 @@ from diskchain.errors import (
 from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.host.locks import vm_lock
-from diskchain.ops import sharers
+from diskchain.ops import sharers, state_files
 from diskchain.ops.approve import approve_chain, fingerprint
 from diskchain.ops.vm import Host, new_id, plain
 from diskchain.store import catalog as catalog_store
@@ -57,10 +58,12 @@ async def define(host: Host, file: Path) -> Defined:
     with files.os_errors(home.path, "create"):
         home.make()
     with vm_lock(home.lock, f"define {machine.name}", wait=host.config.wait):
+        registered = Registered(machine, home.path, str(file.absolute()))
         catalog = _next_catalog(host, machine, home, chains)
+        catalog = await state_files.provide(QemuDriver(registered, host.machines, host.config.run_dir), catalog)
         catalog_store.save(home, _both(home, catalog))
         point("define.catalog")
-        host.machines.put(Registered(machine, home.path, str(file.absolute())))
+        host.machines.put(registered)
         point("define.definition")
         catalog_store.save(home, catalog)
     return Defined(machine, home.path, known is not None)
@@ -82,6 +85,7 @@ async def examine(host: Host, file: Path, machine: Machine) -> tuple[Registered 
     machine = replace(machine, disks=tuple(replace(d, image=str(chains[d.target][0].path)) for d in disks))
     home = _home_of(host, machine, known, chains)
     machine = await _completed(machine, known, home)
+    check_installed(machine)
     _next_catalog(host, machine, home, chains)
     return known, machine, home, chains
 

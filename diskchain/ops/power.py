@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError, Refused
 from diskchain.host.fault import point
-from diskchain.ops import delete, layers, quiesce, recover
+from diskchain.ops import delete, layers, quiesce, recover, state_files
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM
@@ -35,8 +35,9 @@ async def start(vm: VM, progress: Progress = QUIET, *, paused: bool = False) -> 
     if not state.is_off:
         raise Refused(f"{vm.name} is on already, {state.value}", hint=f"diskchain resume {vm.name}")
     await asyncio.to_thread(layers.verify_active, vm.catalog)
-    if vm.catalog.asleep:
-        vm.save(replace(vm.catalog, asleep=False))
+    known = await state_files.provide(vm.driver, replace(vm.catalog, asleep=False))
+    if known != vm.catalog:
+        vm.save(known)
     point("start.launching")
     await vm.driver.start(vm.catalog.active_chains(), paused=paused)
     return True

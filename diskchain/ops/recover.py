@@ -72,7 +72,8 @@ async def _create(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
             "the disks were switched; the snapshot exists", hint=f"diskchain recover {vm.name}, then delete it"
         )
     snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
-    snapshot = quiesce.noted(replace(snapshot, pause_ms=entry.data.get("pause_ms")), entry.data)
+    captured = entry.data.get("captured", {})
+    snapshot = quiesce.noted(replace(snapshot, pause_ms=entry.data.get("pause_ms"), captured=captured), entry.data)
     snapshot = create_rest.note_frozen(vm, snapshot)
     if entry.state == "saved":
         memory = await save_memory.seal(vm.home, snapshot.id, 0.0)
@@ -97,7 +98,7 @@ async def _revert(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
                           hint=f"diskchain recover {vm.name}")  # fmt: skip
         await revert.undo(vm, entry)
         return "undone", "the VM is on its disks of before"
-    if undo:
+    if undo or entry.data.get("undoing"):
         await revert.undo(vm, entry)
         return "undone", "the VM is on its disks of before"
     if entry.state == "switched":

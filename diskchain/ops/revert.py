@@ -26,7 +26,7 @@ from diskchain.errors import (
 )
 from diskchain.host import files
 from diskchain.host.fault import point
-from diskchain.ops import layers, quiesce, save_memory
+from diskchain.ops import layers, quiesce, save_memory, state_files
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.revert_plan import Prepared, Request, prepare, undo_target
 from diskchain.ops.vm import VM, new_id, now_utc, record_configuration, remove_snapshot_dir
@@ -69,6 +69,7 @@ async def revert(vm: VM, request: Request, progress: Progress = QUIET) -> Revert
         entry = journal.begin(vm.home, "revert", new_id(), now_utc(), _journal_data(vm, prepared))
         try:
             await layers.make_overlays(vm.catalog, prepared.overlays)
+            state_files.stage(vm, entry.id, prepared.definition, entry.data["states"], prepared.copies)
             await _stop(vm, entry, prepared.keep, progress)
         except (DiskchainError, OSError, asyncio.CancelledError):
             await undo(vm, entry)
@@ -117,20 +118,27 @@ def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
                      for t, i in prepared.overlays.items()},
         "was": prepared.state.value,
         "with_memory": prepared.with_memory,
+        "states": state_files.to_put_back(vm, prepared.definition, prepared.copies),
         "power": prepared.power,
     }  # fmt: skip
 
 
 async def _stop(vm: VM, entry: Entry, keep: Snapshot | None, progress: Progress) -> None:
     """Stop the VM where it stands; with its memory if that was asked for."""
+    capture = None
     if keep is not None:
-        await record_configuration(vm, keep.id)
+        definition = await record_configuration(vm, keep.id)
+        capture = state_files.Capture(vm, keep.id, definition)
         if keep.memory.status == "saving":
             memory = await _save_while_stopped(vm, keep, progress)
             entry.data["keep"]["memory"] = asdict(memory)
             entry.data["keep"]["consistency"] = "memory"
     point("revert.stopping")
     await vm.driver.quit()
+    if keep is not None and capture is not None:
+        capture.copy()  # now nobody writes to them any more
+        capture.close()
+        entry.data["keep"]["captured"] = state_files.finish_capture(vm, keep.id, definition)
     entry.advance("stopped")
 
 
@@ -179,6 +187,7 @@ async def _switch(vm: VM, entry: Entry) -> None:
     vm.save(replace(catalog, active=active, left=left, keeps=counted, targets=tuple(active),
                     detached=_detached(entry, active, keep), asleep=asleep))  # fmt: skip
     point("revert.catalog")
+    state_files.put_back(vm, entry.id, Definition(**entry.data["definition"]), entry.data.get("states", {}))
     await vm.driver.define(Definition(**entry.data["definition"]), vm.catalog.active_chains())
     point("revert.definition")
 
@@ -222,6 +231,7 @@ async def finish(vm: VM, entry: Entry) -> None:
         layers.to_trash(paths)
         vm.save(vm.catalog.without_images(ids))
         await layers.empty_trash([vm.home.disks_dir / p for p in entry.data["trash"]])
+    state_files.forget(vm, entry.id, Definition(**entry.data["definition"]), entry.data.get("states", {}))
     entry.close()
 
 
@@ -265,6 +275,8 @@ async def undo(vm: VM, entry: Entry) -> None:
     overlays, before = _overlays(vm, entry), entry.data["before"]
     if entry.state in ("switched", "loaded"):
         await _end_untouched(vm, overlays)
+        entry.note(undoing=True)  # from here on it is undone, also when we are killed and somebody else goes on
+        state_files.take_back(vm, entry.id, Definition(**entry.data["definition"]), entry.data.get("states", {}))
     vm.reload()
     keep = entry.data["keep"]
     snapshots = {k: s for k, s in vm.catalog.snapshots.items() if not keep or k != keep["id"]}
@@ -279,6 +291,7 @@ async def undo(vm: VM, entry: Entry) -> None:
         files.unlink_durably(image.path)
     if keep:
         remove_snapshot_dir(vm, keep["id"])
+    state_files.forget(vm, entry.id, Definition(**entry.data["definition"]), entry.data.get("states", {}))
     await _power_as_before(vm, entry.data["was"])
     entry.close()
 
@@ -286,6 +299,8 @@ async def undo(vm: VM, entry: Entry) -> None:
 async def _end_untouched(vm: VM, overlays: dict[str, Image]) -> None:
     """End the VM if it has written nothing to the new overlays. Raise Unfinished otherwise; it goes on then."""
     state = await vm.driver.state()
+    if not state.is_off and not await _is_on(vm, overlays):
+        return  # an undo that was cut off had started it again already, on its disks of before
     if not state.is_off:
         await vm.driver.pause()
     if not all(layers.is_empty(i.path) for i in overlays.values()):
@@ -294,6 +309,11 @@ async def _end_untouched(vm: VM, overlays: dict[str, Image]) -> None:
         raise Unfinished("the VM wrote to the reverted disks already; the revert can't be taken back that way",
                          hint=f"diskchain recover {vm.name} --finish, then: diskchain undo {vm.name}")  # fmt: skip
     await vm.driver.kill()
+
+
+async def _is_on(vm: VM, overlays: Mapping[str, Image]) -> bool:
+    active = (await vm.driver.active_files()).values()
+    return any(image.path in active for image in overlays.values())
 
 
 async def _power_as_before(vm: VM, was: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot, snapshot_name
@@ -21,10 +21,9 @@ from diskchain.errors import (
     Refused,
 )
 from diskchain.host import files
-from diskchain.ops import layers, save_memory
+from diskchain.ops import layers, save_memory, state_files
 from diskchain.ops.create import METADATA
-from diskchain.ops.vm import VM, new_id, now_utc
-from diskchain.store.catalog import Home
+from diskchain.ops.vm import VM, definition_at, new_id, now_utc
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Prepared:
     definition: Definition
     plan: Plan
     changes: list[str]
+    copies: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)  # NVRAM, TPM: as verified
 
 
 def undo_target(vm: VM) -> str:
@@ -89,12 +89,23 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     if missing:
         raise Refused(f"the configuration of {snapshot.name!r} can't start: {'; '.join(missing)}",
                       hint="bring the files back")  # fmt: skip
+    copies = (
+        {} if request.only else state_files.read_copies(vm, snapshot, definition, all_of=request.config == "restore")
+    )
+    warnings = vm.driver.memory_loads_with(definition) if with_memory else []
     keep = None if request.discard else _keep(vm.catalog, request, state)
+    if keep:
+        await state_files.check_can_keep(vm, with_memory=keep.memory.status == "saving")
     overlays = layers.plan_overlays(vm.catalog, disks.on)
     _check_space(vm, overlays, keep)
     power = request.power.replace("start", "running") or _usual_power(snapshot, with_memory, state)
     plan = _plan(vm, snapshot, disks, state, keep, with_memory, power, changes)
-    return Prepared(snapshot, disks, overlays, state, keep, with_memory, power, definition, plan, changes)
+    plan = replace(plan, steps=(*plan.steps, *_states_step(copies)), warnings=(*plan.warnings, *warnings))
+    return Prepared(snapshot, disks, overlays, state, keep, with_memory, power, definition, plan, changes, copies)
+
+
+def _states_step(copies: Mapping[str, object]) -> list[str]:
+    return [f"put back: {', '.join(state_files.label(name) for name in copies)}"] if copies else []
 
 
 def _configuration(vm: VM, snapshot: Snapshot, request: Request, with_memory: bool) -> tuple[Definition, list[str]]:
@@ -126,16 +137,6 @@ def _verify_present(catalog: Catalog, going_to: str) -> None:
 def read_definition(vm: VM, snapshot: Snapshot) -> Definition:
     """Return the configuration that a snapshot recorded. Raise ChainDamaged when it is gone."""
     return definition_at(vm.home, snapshot)
-
-
-def definition_at(home: Home, snapshot: Snapshot) -> Definition:
-    """Return the configuration that a snapshot in these records has. Raise ChainDamaged when it is gone."""
-    path = home.snapshot_dir(snapshot.id) / "machine.json"
-    try:
-        return Definition(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ChainDamaged(f"the configuration of snapshot {snapshot.name!r} can't be read: {path}",
-                           hint="bring it back from a backup; its disks are listed in RECOVER.txt") from error  # fmt: skip
 
 
 def _keep(catalog: Catalog, request: Request, state: VMState) -> Snapshot:

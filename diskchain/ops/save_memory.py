@@ -16,8 +16,9 @@ from diskchain.errors import DiskchainError, NoSpace, ToolFailed
 from diskchain.host import files
 from diskchain.host.fault import point, skipped
 from diskchain.host.process import our_module, run, spawn_detached
+from diskchain.ops import state_files
 from diskchain.ops.progress import Progress
-from diskchain.ops.vm import VM
+from diskchain.ops.vm import VM, definition_at
 from diskchain.store import memory_file
 from diskchain.store.catalog import Home
 from diskchain.store.journal import Entry
@@ -82,6 +83,8 @@ async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Prog
     Journal state `saving` before, `saved` after. Returns the snapshot as it is in the catalog then.
     """
     failure = await _wait(vm, progress)
+    if not failure and entry.data["save"] == "background":
+        failure = state_files.moved_on(vm, snapshot, definition_at(vm.home, snapshot))
     seconds = max(0.0, time.time() - float(entry.data["captured_at"]))  # for display
     if failure:
         await let_go_on(vm, snapshot)

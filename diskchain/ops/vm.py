@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from diskchain.chain.model import Catalog, vm_name
+from diskchain.chain.model import Catalog, Snapshot, vm_name
 from diskchain.config import Config
 from diskchain.drivers.machines import Machines
-from diskchain.drivers.protocol import Driver
+from diskchain.drivers.protocol import Definition, Driver
 from diskchain.drivers.qemu import QemuDriver
 from diskchain.errors import ChainDamaged, DiskchainError, NotFound, Unfinished
 from diskchain.host import files
@@ -166,14 +166,25 @@ def refuse_unfinished(vm: VM) -> None:
         raise Unfinished(f"an earlier operation on {vm.name} was interrupted", hint=f"diskchain recover {vm.name}")
 
 
-async def record_configuration(vm: VM, snapshot_id: str) -> None:
-    """Make a snapshot's directory, and write into it the configuration that the VM runs with now, durably."""
+async def record_configuration(vm: VM, snapshot_id: str) -> Definition:
+    """Make a snapshot's directory, and write into it the configuration that the VM runs with now, durably; return it."""
     directory = vm.home.snapshot_dir(snapshot_id)
     with files.os_errors(directory, "create"):
         directory.mkdir(mode=0o700)
     definition = await vm.driver.live_definition()
     files.write_durably(directory / "machine.json", json.dumps(asdict(definition)).encode())
     files.fsync_dir(directory.parent)
+    return definition
+
+
+def definition_at(home: Home, snapshot: Snapshot) -> Definition:
+    """Return the configuration that a snapshot in these records has. Raise ChainDamaged when it is gone."""
+    path = home.snapshot_dir(snapshot.id) / "machine.json"
+    try:
+        return Definition(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ChainDamaged(f"the configuration of snapshot {snapshot.name!r} can't be read: {path}",
+                           hint="bring it back from a backup; its disks are listed in RECOVER.txt") from error  # fmt: skip
 
 
 def remove_snapshot_dir(vm: VM, snapshot_id: str) -> None:
@@ -181,7 +192,7 @@ def remove_snapshot_dir(vm: VM, snapshot_id: str) -> None:
     directory = vm.home.snapshot_dir(snapshot_id)
     if directory.is_dir():
         with files.os_errors(directory, "remove"):
-            for path in directory.iterdir():
-                path.unlink()
+            for path in sorted(directory.rglob("*"), reverse=True):  # what is in a directory before the directory
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
             directory.rmdir()
         files.fsync_dir(directory.parent)

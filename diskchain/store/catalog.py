@@ -125,7 +125,7 @@ def _from_json(body: dict[str, Any], root: Path) -> Catalog:
         k: Snapshot(**{**v, "memory": Memory(**v["memory"]), "partial": tuple(v["partial"])})
         for k, v in body["snapshots"].items()
     }
-    lists = {key: tuple(body.get(key, ())) for key in ("targets", "detached")}
+    lists = {key: tuple(body.get(key, ())) for key in ("targets", "detached", "state_files")}
     return Catalog(**{**body, "images": images, "snapshots": snapshots, **lists})
 
 

@@ -54,6 +54,7 @@ class Rig:
     raw: Sequence[str] = ()
     ext4: Sequence[str] = ()  # of the raw ones: those that get a file system
     agent: bool = False
+    parts: Sequence[str] = ()  # more lines of the machine file: firmware, tpm
     expected: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,6 +67,7 @@ class Rig:
     def build(self, *, guest: bool) -> None:
         """Make the disks and define the machine; with `guest` it boots the micro guest."""
         lines = [f'name = "{self.name}"', f'memory = "{self.memory}"', f"cpus = {self.cpus}", 'accel = "tcg"']
+        lines += self.parts
         if guest:
             kernel, initrd = guest_files(agent=self.agent)
             lines += ["agent = true"] if self.agent else []
