@@ -18,6 +18,7 @@ from pathlib import Path
 
 from diskchain.errors import DriverFailed
 from diskchain.host import files
+from diskchain.host.fault import point
 from diskchain.host.process import ProcessId, find_process, process_id, spawn_detached
 
 PERMANENT = "tpm2-00.permall"
@@ -61,11 +62,12 @@ async def end(directory: Path, socket: Path, *, patience: float = 5.0) -> None:
         await found.gone(_PATIENCE)
 
 
-async def launch(directory: Path, socket: Path, log: Path, *, prefix: Sequence[str] = ()) -> None:
+async def launch(directory: Path, socket: Path, log: Path, *, prefix: Sequence[str] = (),
+                 die_with_us: bool = False) -> None:  # fmt: skip
     """Start swtpm on this state and wait until it listens. Raise DriverFailed, NotFound when it is not installed."""
     await end(directory, socket, patience=2.0)  # one that lost its QEMU before it had a connection
     socket.unlink(missing_ok=True)
-    child = spawn_detached([*prefix, *_argv(directory, socket, log)], log)
+    child = spawn_detached([*prefix, *_argv(directory, socket, log)], log, die_with_us=die_with_us)
     until = time.monotonic() + _PATIENCE
     while not _listens(socket):
         if child.poll() is not None or time.monotonic() > until:
@@ -98,11 +100,12 @@ async def manufacture(directory: Path, socket: Path, log: Path) -> None:
     with files.os_errors(directory, "create"):
         unfinished.mkdir(mode=0o700)
     try:
-        await launch(unfinished, socket, log)
+        await launch(unfinished, socket, log, die_with_us=True)
         try:
             await _initialise(socket)
         finally:
             await end(unfinished, socket)
+        point("tpm.made")
         if not (unfinished / PERMANENT).is_file():
             raise DriverFailed(f"swtpm made no state: {_last_line(log)}", hint=f"the whole log: {log}")
         for path in unfinished.iterdir():

@@ -132,8 +132,11 @@ async def _collect(child: asyncio.subprocess.Process, on_output: Callable[[str],
 
 
 def spawn_detached(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str] | None = None,
-                   pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:  # fmt: skip
-    """Start a program that outlives us and the terminal: own session, output appended to `log_file` (mode 0600)."""
+                   pass_fds: Sequence[int] = (), die_with_us: bool = False) -> subprocess.Popen[bytes]:  # fmt: skip
+    """Start a program in a session of its own, output appended to `log_file` (mode 0600). It outlives us and the terminal.
+
+    `die_with_us`: it does not outlive us.
+    """
     argv = [find_program(argv[0]), *argv[1:]]
     log.debug("detached: %s", shlex.join(argv))
     fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -141,7 +144,7 @@ def spawn_detached(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str
         return subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, start_new_session=True,
             pass_fds=tuple(pass_fds), env=None if env is None else {**os.environ, **env},
-            preexec_fn=_prepare_child(None, die_with_us=False),
+            preexec_fn=_prepare_child(None, die_with_us=die_with_us),
         )  # fmt: skip
     finally:
         os.close(fd)

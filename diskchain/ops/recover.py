@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import RecordDamaged, Refused, Unfinished
 from diskchain.host import files
-from diskchain.ops import create, create_rest, delete, flat_pause, layers, quiesce, revert, save_memory
+from diskchain.ops import create, create_rest, delete, flat_pause, layers, quiesce, revert, save_memory, state_files
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM
 from diskchain.store import journal
@@ -54,7 +54,7 @@ def sweep(vm: VM) -> None:
     """Unlink temporary files that a kill left in our own directories."""
     for directory in (vm.home.path, vm.home.journal):
         for path in directory.glob(files.TEMPORARY + "*"):
-            files.unlink_durably(path)
+            state_files.remove(path)  # a TPM that was being made is a directory
 
 
 # -- create ------------------------------------------------------------------------------------------------------------

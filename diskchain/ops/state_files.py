@@ -96,7 +96,7 @@ def read_files(state: StateFile, path: Path, name: str) -> dict[str, bytes]:
 def _read(path: Path) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        return files.read_span(fd, 0, LARGEST)
+        return files.read_span(fd, 0, min(os.fstat(fd).st_size, LARGEST))  # asked for more, Python allocates it first
     finally:
         os.close(fd)
 
@@ -184,6 +184,8 @@ def finish_capture(vm: VM, snapshot_id: str, definition: Definition) -> dict[str
         for name, data in contents[state.name].items():
             files.write_durably(directory / name, data)
             point("state.unpacked-one")
+    for path in (*directory.glob(files.TEMPORARY + "*"), *directory.glob(f"*/{files.TEMPORARY}*")):
+        files.unlink_durably(path)  # an earlier try was killed while it wrote
     files.fsync_dir(directory)
     files.unlink_durably(part)
     return {name: {path: _digest(data) for path, data in each.items()} for name, each in contents.items()}

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from diskchain.drivers.firmware import find
 from diskchain.drivers.machines import _digest
 from diskchain.store import record
 from tests.support import states
 from tests.support.refusals import refused, unchanged
 from tests.support.rig import MiB, Rig
-from tests.support.states import TPM, UEFI, Parts
+from tests.support.states import TPM, UEFI, Parts, describe
 
 
 @pytest.mark.timeout(400)
@@ -102,12 +103,10 @@ def firmware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "firmware"
     place.mkdir()
     code, template = place / "code.fd", place / "vars.fd"
-    shutil.copy("/usr/share/OVMF/OVMF_CODE_4M.fd", code)
-    shutil.copy("/usr/share/OVMF/OVMF_VARS_4M.fd", template)
-    described = json.loads(Path("/usr/share/qemu/firmware/60-edk2-x86_64.json").read_text())
-    described["mapping"]["executable"]["filename"] = str(code)
-    described["mapping"]["nvram-template"]["filename"] = str(template)
-    (place / "60-edk2.json").write_text(json.dumps(described))
+    installed = find("pc-q35-7.2")
+    shutil.copy(installed.code, code)
+    shutil.copy(installed.template, template)
+    describe(place, "60-edk2.json", code, template)
     monkeypatch.setenv("DISKCHAIN_FIRMWARE_PATH", str(place))
     return code
 
@@ -147,6 +146,42 @@ def test_start_without_the_nvram_is_refused_and_a_revert_brings_it_back(rig: Rig
     rig.ok("revert", "vm", "s1", "--discard", "-y")
     assert states.present(rig) == before
     rig.ok("start", "vm", "--paused")
+
+
+def test_define_killed_while_the_tpm_is_made_leaves_nothing_that_stands_in_the_way(tmp_path: Path) -> None:
+    """The half-made TPM goes with the next command; one without a process."""
+    other = Rig(tmp_path / "other", memory="64 MiB", size=8 * MiB, targets=("vda",), parts=(TPM,))
+    try:
+        with pytest.raises(AssertionError):
+            other.build(guest=False, fault="kill:tpm.made")
+        other.ok("machine", "define", str(other.dir / "vm.toml"))
+        other.ok("start", "vm", "--paused")
+        assert states.leftovers(other) == [] and len(states.swtpms(other)) == 1
+    finally:
+        other.destroy()
+
+
+def test_delete_takes_the_copies_of_that_snapshot_and_no_others(rig: Rig) -> None:
+    """The merge changes files, not states: what stands on the deleted one keeps its own."""
+    states.write_present(rig, b"second")
+    rig.ok("create", "vm", "s2")
+    states.write_present(rig, b"now")
+    before, present = states.copies(rig), states.present(rig)
+    rig.ok("delete", "vm", "s1", "-y")
+    assert states.copies(rig) == {"s2": before["s2"]} and states.present(rig) == present
+    assert len(list((states.home(rig) / "snapshots").iterdir())) == 1
+    rig.ok("revert", "vm", "s2", "-y")
+    assert states.present(rig) == before["s2"]
+    rig.ok("undo", "vm", "-y")
+    assert states.present(rig) == present
+
+
+def test_revert_of_one_disk_leaves_nvram_and_tpm(rig: Rig) -> None:
+    """`--only` is about that disk."""
+    states.write_present(rig, b"now")
+    present = states.present(rig)
+    rig.ok("revert", "vm", "s1", "--only", "vda", "-y")
+    assert states.present(rig) == present
 
 
 def test_start_with_a_tpm_that_lost_its_state_is_refused(rig: Rig) -> None:

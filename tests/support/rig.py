@@ -64,7 +64,7 @@ class Rig:
 
     # -- setting up
 
-    def build(self, *, guest: bool) -> None:
+    def build(self, *, guest: bool, fault: str = "") -> None:
         """Make the disks and define the machine; with `guest` it boots the micro guest."""
         lines = [f'name = "{self.name}"', f'memory = "{self.memory}"', f"cpus = {self.cpus}", 'accel = "tcg"']
         lines += self.parts
@@ -80,7 +80,7 @@ class Rig:
                 subprocess.run(["mkfs.ext4", "-q", "-F", str(self.dir / f"{target}.{fmt}")], check=True)
             lines += ["[[disk]]", f'target = "{target}"', f'image = "{target}.{fmt}"']
         (self.dir / "vm.toml").write_text("\n".join(lines) + "\n")
-        self.ok("machine", "define", str(self.dir / "vm.toml"))
+        self.ok("machine", "define", str(self.dir / "vm.toml"), fault=fault)
 
     @property
     def env(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ States = dict[str, bytes]
 
 def home(rig: Rig) -> Path:
     """Where the machine's records are."""
-    (found,) = (p for p in rig.dir.glob(".diskchain/*") if p.is_dir())
-    return found
+    (found,) = rig.dir.glob(".diskchain/*/catalog.json")
+    return found.parent
 
 
 def present(rig: Rig) -> States:
@@ -74,6 +75,22 @@ def kill_swtpm(rig: Rig) -> None:
     (pid,) = swtpms(rig)
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: process_state(pid) in ("", "Z", "X"), "swtpm is gone")
+
+
+def describe(directory: Path, name: str, code: Path, template: Path, **changes: Any) -> None:
+    """Write a descriptor; `features`, `machines`, `format`, `device` and `kind` may differ from a plain one."""
+    directory.mkdir(exist_ok=True)
+    data = {
+        "interface-types": [changes.get("kind", "uefi")],
+        "mapping": {
+            "device": changes.get("device", "flash"),
+            "executable": {"filename": str(code), "format": changes.get("format", "raw")},
+            "nvram-template": {"filename": str(template), "format": "raw"},
+        },
+        "targets": [{"architecture": "x86_64", "machines": changes.get("machines", ["pc-q35-*"])}],
+        "features": changes.get("features", ["acpi-s3"]),
+    }
+    (directory / name).write_text(json.dumps(data))
 
 
 class Parts:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,24 +12,9 @@ from diskchain.chain.model import MiB
 from diskchain.drivers import firmware
 from diskchain.drivers.qemu_parts import check_installed, missing
 from diskchain.errors import DriverFailed, NotFound, Refused
+from tests.support.states import describe
 
 Q35 = "pc-q35-7.2"
-
-
-def describe(directory: Path, name: str, code: Path, template: Path, **changes: Any) -> None:
-    """Write a descriptor; `features`, `machines`, `format`, `device` and `kind` may differ from a plain one."""
-    directory.mkdir(exist_ok=True)
-    data = {
-        "interface-types": [changes.get("kind", "uefi")],
-        "mapping": {
-            "device": changes.get("device", "flash"),
-            "executable": {"filename": str(code), "format": changes.get("format", "raw")},
-            "nvram-template": {"filename": str(template), "format": "raw"},
-        },
-        "targets": [{"architecture": "x86_64", "machines": changes.get("machines", ["pc-q35-*"])}],
-        "features": changes.get("features", ["acpi-s3"]),
-    }
-    (directory / name).write_text(json.dumps(data))
 
 
 @pytest.fixture
