@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import secrets
 import shutil
-import stat
 import struct
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ PERMANENT = "tpm2-00.permall"
 PATTERN = "tpm2-*"  # its files of state; besides, it keeps a lock file and names of unfinished ones there
 _INIT, _SHUTDOWN = 2, 3  # commands of swtpm's control channel (swtpm/tpm_ioctl.h): number, then arguments, big-endian
 _PATIENCE = 30.0
+_ACCEPTS = 0x10000  # __SO_ACCEPTCON of the kernel's net.h, in the column "Flags"
 
 
 def _state_word(directory: Path) -> str:
@@ -77,13 +77,15 @@ async def launch(directory: Path, socket: Path, log: Path, *, prefix: Sequence[s
 
 
 def _listens(socket: Path) -> bool:
-    """Whether the socket is bound. It is not connected to: with --terminate swtpm would end when we let go."""
+    """Whether the socket takes connections. It is not connected to: with --terminate swtpm would end when we let go.
+
+    /proc/net/unix lists it as soon as it is bound; a connection is refused until the flag says that it accepts any.
+    """
     try:
-        if not stat.S_ISSOCK(socket.stat().st_mode):
-            return False
-        return str(socket) in Path("/proc/net/unix").read_text()
+        rows = [line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines()]
     except OSError:
         return False
+    return any(row[-1] == str(socket) and int(row[3], 16) & _ACCEPTS for row in rows if len(row) == 8)
 
 
 def _last_line(log: Path) -> str:

@@ -124,20 +124,20 @@ def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
 
 
 async def _stop(vm: VM, entry: Entry, keep: Snapshot | None, progress: Progress) -> None:
-    """Stop the VM where it stands; with its memory if that was asked for."""
-    capture = None
-    if keep is not None:
+    """Stop the VM where it stands; with its memory if that was asked for. What is kept of it is whole then."""
+    if keep is None:
+        point("revert.stopping")
+        await vm.driver.quit()
+    else:
         definition = await record_configuration(vm, keep.id)
-        capture = state_files.Capture(vm, keep.id, definition)
-        if keep.memory.status == "saving":
-            memory = await _save_while_stopped(vm, keep, progress)
-            entry.data["keep"]["memory"] = asdict(memory)
-            entry.data["keep"]["consistency"] = "memory"
-    point("revert.stopping")
-    await vm.driver.quit()
-    if keep is not None and capture is not None:
-        capture.copy()  # now nobody writes to them any more
-        capture.close()
+        with contextlib.closing(state_files.Capture(vm, keep.id, definition)) as capture:
+            if keep.memory.status == "saving":
+                memory = await _save_while_stopped(vm, keep, progress)
+                entry.data["keep"]["memory"] = asdict(memory)
+                entry.data["keep"]["consistency"] = "memory"
+            point("revert.stopping")
+            await vm.driver.quit()
+            capture.copy()  # now nobody writes to them any more
         entry.data["keep"]["captured"] = state_files.finish_capture(vm, keep.id, definition)
     entry.advance("stopped")
 

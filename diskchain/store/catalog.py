@@ -159,4 +159,5 @@ def recover_text(home: Home, catalog: Catalog) -> str:
             lines.append(f"    qemu-img create -f qcow2 -F {image.fmt} -b '{image.path}' '{fresh}'   # {target}")
         if s.memory.saved:
             lines.append(f"    memory: {home.memory(s.id)}")
+        lines += [f"    {name}: {home.snapshot_dir(s.id) / name}" for name in s.captured]
     return "\n".join(lines) + "\n"
