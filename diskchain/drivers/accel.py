@@ -82,6 +82,12 @@ async def versioned_machine(name: str) -> str:
     return found[1]
 
 
+async def machine_types() -> frozenset[str]:
+    """Return the machine types that this QEMU can start."""
+    listing = (await run(["qemu-system-x86_64", "-machine", "help"])).stdout
+    return frozenset(line.split()[0] for line in listing.splitlines()[1:] if line.strip())
+
+
 async def qemu_version() -> str:
     """Return QEMU's version, like 7.2.22."""
     said = (await run(["qemu-system-x86_64", "--version"])).stdout

@@ -189,6 +189,9 @@ class Driver(Protocol):
         Raise Refused when something is: then only a start without memory is possible.
         """
 
+    async def unsupported(self, definition: Definition) -> list[str]:
+        """Return in words what of this configuration the hypervisor that is installed now can't start."""
+
     # -- power
     async def start(self, chains: Chains, *, paused: bool = False) -> None:
         """Start the VM on these chains with its definition. The VM is off."""

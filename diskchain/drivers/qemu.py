@@ -206,6 +206,13 @@ class QemuDriver(QemuAgent):
         """Compare the firmware with the one that was recorded."""
         return self._parts.memory_loads_with(json.loads(definition.text))
 
+    async def unsupported(self, definition: Definition) -> list[str]:
+        """Ask QEMU whether it has the machine type."""
+        kind = _machine_of(definition).machine
+        if kind in await accel.machine_types():
+            return []
+        return [f"this QEMU ({await accel.qemu_version()}) has no machine type {kind}"]
+
     # -- power -----------------------------------------------------------------------------------------------------
 
     async def start(self, chains: Chains, *, paused: bool = False) -> None:

@@ -89,6 +89,9 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     if missing:
         raise Refused(f"the configuration of {snapshot.name!r} can't start: {'; '.join(missing)}",
                       hint="bring the files back")  # fmt: skip
+    power = request.power.replace("start", "running") or _usual_power(snapshot, with_memory, state)
+    if power != "stopped":
+        await _refuse_unsupported(vm, snapshot, definition)
     copies = (
         {} if request.only else state_files.read_copies(vm, snapshot, definition, all_of=request.config == "restore")
     )
@@ -98,7 +101,6 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         await state_files.check_can_keep(vm, with_memory=keep.memory.status == "saving")
     overlays = layers.plan_overlays(vm.catalog, disks.on)
     _check_space(vm, overlays, keep)
-    power = request.power.replace("start", "running") or _usual_power(snapshot, with_memory, state)
     plan = _plan(vm, snapshot, disks, state, keep, with_memory, power, changes)
     plan = replace(plan, steps=(*plan.steps, *_states_step(copies)), warnings=(*plan.warnings, *warnings))
     return Prepared(snapshot, disks, overlays, state, keep, with_memory, power, definition, plan, changes, copies)
@@ -106,6 +108,18 @@ async def prepare(vm: VM, request: Request) -> Prepared:
 
 def _states_step(copies: Mapping[str, object]) -> list[str]:
     return [f"put back: {', '.join(state_files.label(name) for name in copies)}"] if copies else []
+
+
+async def _refuse_unsupported(vm: VM, snapshot: Snapshot, definition: Definition) -> None:
+    """Another QEMU may be installed than then. What it can't start is refused while the VM still runs."""
+    lacks = await vm.driver.unsupported(definition)
+    if not lacks:
+        return
+    way = f"diskchain revert --cold --config keep {vm.name} {snapshot.name}"
+    if await vm.driver.unsupported(vm.driver.definition()):
+        way = f"define it with a machine type of this QEMU (docs/machine.md), then: {way}"
+    raise Refused(f"the configuration of {snapshot.name!r} can't start: {'; '.join(lacks)}",
+                  hint=f"back to its disks only: {way}")  # fmt: skip
 
 
 def _configuration(vm: VM, snapshot: Snapshot, request: Request, with_memory: bool) -> tuple[Definition, list[str]]:

@@ -21,6 +21,7 @@ import pytest
 
 from diskchain.chain.machine import DiskSpec, Machine, NetSpec
 from diskchain.chain.model import Image
+from diskchain.drivers import accel
 from diskchain.drivers.machines import Machines, Registered
 from diskchain.drivers.protocol import Driver, VMState
 from diskchain.drivers.qemu import QemuDriver
@@ -45,7 +46,8 @@ class QemuCase:
         self.bases = {t: self.image(t, None) for t in ("vda", "vdb")}
         machine = Machine(
             name="contract", memory=128 * MiB, uuid=str(uuid.uuid4()), accel="tcg",
-            machine="pc-q35-7.2", kernel=kernel, initrd=initrd, append="console=ttyS0 quiet dc=cnt,tick",
+            machine=asyncio.run(accel.versioned_machine("q35")),
+            kernel=kernel, initrd=initrd, append="console=ttyS0 quiet dc=cnt,tick",
             disks=tuple(DiskSpec(t, str(i.path), "qcow2") for t, i in self.bases.items()),
             nets=(NetSpec(mac="52:54:00:00:00:01"),),
         )  # fmt: skip
@@ -320,11 +322,15 @@ def test_definition_survives_define_and_says_what_differs(case: QemuCase) -> Non
         old = driver.definition()
         assert driver.differences(old, old) == []
         assert driver.missing_files(old) == []
+        assert await driver.unsupported(old) == []
         assert driver.renewed(old) != old and driver.differences(old, driver.renewed(old)) == []
         await driver.define(old, base_chains(case))
         assert driver.definition() == old
 
     play(case, story)
+    later = replace(case.registered.machine, machine="pc-q35-99.0")
+    coming = QemuDriver(replace(case.registered, machine=later), case.machines, case.run).definition()
+    assert "no machine type pc-q35-99.0" in asyncio.run(case.open().unsupported(coming))[0]
     bigger = replace(case.registered.machine, memory=256 * MiB)
     other = QemuDriver(replace(case.registered, machine=bigger), case.machines, case.run)
     assert other.differences(case.open().definition(), other.definition()) == ["memory 128 MiB -> 256 MiB"]
