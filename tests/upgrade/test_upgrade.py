@@ -62,6 +62,14 @@ def counted(console: Console, mark: int) -> int:
     return int(first[1])
 
 
+def reverted(rig: Rig, name: str, console: Console) -> int:
+    """Revert a running guest; return the first number it says then. Paused before, so that it is not one of before."""
+    rig.ok("pause", "vm")
+    mark = console.mark()
+    rig.ok("revert", "vm", name, "-y")
+    return counted(console, mark)
+
+
 def runs_old_qemu(rig: Rig) -> bool:
     """Which of the two systems the machine's QEMU comes from."""
     return os.readlink(f"/proc/{rig.pid()}/exe").startswith(f"{OLD_ROOT}/")
@@ -80,18 +88,12 @@ def test_revert_to_memory_that_the_old_qemu_saved_goes_on_under_the_new_one(old:
         new.ok("create", "vm", "by-new-of-old", "--memory")  # upgraded while the VM runs
         assert runs_old_qemu(new)
 
-        mark = console.mark()
-        new.ok("revert", "vm", "by-old", "-y")
-        assert not runs_old_qemu(new)
-        assert counted(console, mark) <= at_old
-        mark = console.mark()
-        new.ok("revert", "vm", "by-new-of-old", "-y")
-        assert counted(console, mark) > at_old
+        assert reverted(new, "by-old", console) <= at_old and not runs_old_qemu(new)
+        assert reverted(new, "by-new-of-old", console) > at_old and not runs_old_qemu(new)
 
+        before = counted(console, console.mark())
         new.ok("create", "vm", "by-new", "--memory")
-        mark = console.mark()
-        old.ok("revert", "vm", "by-new", "-y")  # the upgrade is taken back
-        assert counted(console, mark) > at_old and runs_old_qemu(new)
+        assert reverted(old, "by-new", console) > before and runs_old_qemu(new)  # the upgrade is taken back
     assert new.ok("check", "vm").code == 0
 
 
