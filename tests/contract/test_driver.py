@@ -46,7 +46,7 @@ class QemuCase:
         self.bases = {t: self.image(t, None) for t in ("vda", "vdb")}
         machine = Machine(
             name="contract", memory=128 * MiB, uuid=str(uuid.uuid4()), accel="tcg",
-            machine=asyncio.run(accel.versioned_machine("q35")),
+            machine=asyncio.run(accel.versioned_machine("q35")), genid=str(uuid.uuid4()),
             kernel=kernel, initrd=initrd, append="console=ttyS0 quiet dc=cnt,tick",
             disks=tuple(DiskSpec(t, str(i.path), "qcow2") for t, i in self.bases.items()),
             nets=(NetSpec(mac="52:54:00:00:00:01"),),
