@@ -38,7 +38,7 @@ class OldRig(Rig):
 @pytest.fixture(params=["q35", "pc"])
 def old(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[OldRig]:
     """A machine with two CPUs that was defined under the old QEMU."""
-    rig = OldRig(tmp_path / "vm", cpus=2, machine=request.param)
+    rig = OldRig(tmp_path / "vm", cpus=2, parts=[f'machine = "{request.param}"'])
     rig.build(guest=True)
     yield rig
     rig.destroy()
@@ -116,7 +116,7 @@ def test_start_after_the_upgrade_keeps_the_machine_type(old: OldRig) -> None:
 @pytest.mark.timeout(120)
 def test_revert_to_a_machine_type_that_qemu_lacks_is_refused_while_the_guest_runs(tmp_path: Path) -> None:
     """A machine defined under the new QEMU, the old one installed again: exit 6, the guest counts on; its disks are there."""
-    new = Rig(tmp_path / "vm")
+    new = Rig(tmp_path / "vm", parts=['machine = "q35"'])
     new.build(guest=True)
     old = OldRig(new.dir)
     old.run_dir.rmdir()
