@@ -315,6 +315,19 @@ def test_pause_guard_lets_the_vm_go_on_after_its_limit_and_on_our_death(case: Qe
     play(case, story)
 
 
+def test_a_plain_machine_keeps_nothing_besides_disks_and_memory(case: QemuCase) -> None:
+    """No state files, no helpers to miss, nothing that keeps its memory from loading."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        await driver.start(base_chains(case), paused=True)
+        definition = await driver.live_definition()
+        assert driver.state_files(definition) == []
+        assert driver.memory_loads_with(definition) == []
+        driver.check_helpers()
+
+    play(case, story)
+
+
 def test_definition_survives_define_and_says_what_differs(case: QemuCase) -> None:
     """What is defined is what comes back; differences are words."""
 
