@@ -52,14 +52,14 @@ def test_revert_to_quiesced_memory_the_guest_is_thawed_and_its_clock_is_right(qu
     mark = quiet.console.mark()
     told = quiet.rig.ok("revert", "vm", "q", "-y", "--json").json
     assert "warnings" not in told
-    assert abs(quiet.writes()[1] - time.time()) <= 2
+    assert abs(quiet.writes()[1] - time.time()) <= 3
     assert quiet.console.bad(after=mark) == []
     # the control: the same with the clock left alone, and paused: thawed when it runs
     quiet.configure("[revert]\nset_clock = false\n")
     quiet.rig.ok("revert", "vm", "q", "-y", "--discard", "--paused")
     quiet.configure("[revert]\nset_clock = false\n")
     quiet.rig.ok("resume", "vm")
-    assert time.time() - quiet.writes()[1] > 3
+    assert time.time() - quiet.writes()[1] > 5
     quiet.configure("")
 
 
@@ -71,7 +71,7 @@ def test_resume_after_a_paused_revert_thaws_and_sets_the_clock(quiet: Quiet) -> 
     time.sleep(3)
     assert quiet.rig.catalog()["asleep"] is True
     quiet.rig.ok("resume", "vm")
-    assert abs(quiet.writes()[1] - time.time()) <= 2
+    assert abs(quiet.writes()[1] - time.time()) <= 3
     assert quiet.rig.catalog()["asleep"] is False
 
 
