@@ -116,14 +116,14 @@ def test_create_quiesced_with_an_agent_that_lies_changes_nothing(quiet: Quiet, l
 
 
 def test_create_quiesced_interrupted_in_the_freeze_is_thawed_and_nothing_is_changed(quiet: Quiet) -> None:
-    """Ctrl-C while the agent takes its time: exit 130; the thaw is sent behind the freeze."""
+    """SIGTERM while the agent takes its time: exit 143; the thaw is sent behind the freeze."""
     before = picture(quiet)
     with quiet.fake_agent({"guest-fsfreeze-freeze": None}) as agent:
         process = quiet.rig.popen("create", "vm", "x", "--quiesce")
         wait_for(lambda: "guest-fsfreeze-freeze" in agent.asked, "it is told to freeze")
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         _, err = process.communicate(timeout=60)
-        assert process.returncode == 130, err
+        assert process.returncode == 128 + signal.SIGTERM, err
         wait_for(lambda: agent.asked[-1] == "guest-fsfreeze-thaw", "it is told to thaw", timeout=30)
     assert picture(quiet) == before
     quiet.writes()
