@@ -100,6 +100,9 @@ COMMANDS = [
     Entry("status", "health", "status", "One line a VM: state, snapshots, space, what to look at.", _HEALTH),
     Entry("check", "health", "check", "Hold records, files and hypervisor against each other.", _HEALTH),
     Entry("doctor", "health", "doctor", "Look at the host: QEMU, KVM, memory saving, locks, places.", _HEALTH),
+    Entry("adopt", "records", "adopt", "Take up a libvirt domain, and what others did to its chains.", _HEALTH),
+    Entry("forget", "records", "forget", "Let go of a libvirt domain: its records go, its images stay.", _HEALTH),
+    Entry("setup", "setup", "setup", "Install the libvirt hook.", _HEALTH),
     Entry("recover", "recover", "recover", "Finish or undo what was interrupted.", _HEALTH),
 ]
 _TABLE = {entry.name: entry for entry in COMMANDS}

@@ -19,9 +19,9 @@ from diskchain.chain.plan import Plan
 from diskchain.chain.text import printable
 from diskchain.cli import render
 from diskchain.cli.app import App, Signalled
-from diskchain.cli.options import no_libvirt
 from diskchain.cli.progress import LineProgress
 from diskchain.config import load_config
+from diskchain.drivers.domains import choose_uri
 from diskchain.errors import Busy, DiskchainError, UsageError
 from diskchain.ops import look, recover
 from diskchain.ops.vm import VM, Host
@@ -35,17 +35,15 @@ def current() -> App:
 
 
 def open_host(app: App, wait: float | None = None) -> Host:
-    """Return the host with the configuration; `wait` overrides it. Raise UsageError, Refused for libvirt."""
-    if app.connect:
-        raise no_libvirt()
+    """Return the host with the configuration; `wait` overrides it. Raise UsageError, Refused for a remote libvirt."""
     config = load_config(Path(app.config_file) if app.config_file else None)
-    return Host(config if wait is None else replace(config, wait=wait))
+    return Host(config if wait is None else replace(config, wait=wait), choose_uri(app.connect))
 
 
 @contextlib.asynccontextmanager
-async def changing(app: App, host: Host, name: str, operation: str) -> AsyncIterator[VM]:
-    """Hold the VM's lock; first resolve what was interrupted."""
-    async with host.change(name, operation) as vm:
+async def changing(app: App, host: Host, name: str, operation: str, *, adopt: bool = False) -> AsyncIterator[VM]:
+    """Hold the VM's lock; first resolve what was interrupted. `adopt`: make records for a domain that has none."""
+    async with host.change(name, operation, adopt=adopt) as vm:
         await settle(app, host, vm)
         try:
             yield vm

@@ -100,7 +100,7 @@ async def _plan(app: App, host: Host, name: str, request: Request) -> None:
 
 
 async def _create(app: App, host: Host, name: str, request: Request) -> None:
-    async with context.changing(app, host, name, "create") as vm:
+    async with context.changing(app, host, name, "create", adopt=True) as vm:
         try:
             snapshot = await ops.create(vm, request, context.progress(app))
         except asyncio.CancelledError:

@@ -140,9 +140,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8
             self.fail(str(error), param, ctx)
 
 
-@machine.command(
-    "import", epilog="Example: diskchain machine import web1 --disk /srv/vm/web1.img,format=raw --memory 2G"
-)
+@machine.command("import", epilog="Example: diskchain machine import web1 --disk web1.img,format=raw")
 @click.argument("name", type=VMName())
 @click.option("--disk", "disks", multiple=True, required=True, type=DiskOption(), metavar="FILE[,format=qcow2|raw]"
               "[,target=vdb][,role=os|data]", help="The topmost image of a disk; once for each disk, in order.")  # fmt: skip

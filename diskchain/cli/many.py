@@ -45,8 +45,10 @@ def select(host: Host, text: str) -> list[str] | None:
     The form decides, not how many there are: `'web*'` that fits one VM is a list of one. Raise NotFound for whatever
     was typed and fits nothing.
     """
+    if not ("," in text or text.startswith("@") or _is_pattern(text)):
+        return None
     names = host.names()
-    if text in names or not ("," in text or text.startswith("@") or _is_pattern(text)):
+    if text in names:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     found = [name for part in parts for name in _fitting(host.config, names, part)]
@@ -61,6 +63,8 @@ def _is_pattern(text: str) -> bool:
 
 def _fitting(config: Config, names: list[str], part: str) -> list[str]:
     in_group = part.startswith("@")
+    if part.removeprefix("qemu:") in names:
+        return [part.removeprefix("qemu:")]  # the plain name means it as well; libvirt: is kept where it is needed
     found = _of_group(config, names, part) if in_group else [name for name in names if fnmatchcase(name, part)]
     if not found:
         raise NotFound(f"no VM fits {part!r}" if in_group or _is_pattern(part) else f"there is no VM {part!r}",

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from diskchain.errors import Refused
 from diskchain.ops import look
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,15 +41,13 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # not generic in cli
 
 
 class VMName(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
-    """The name of a VM: `web1` or `qemu:web1`."""
+    """The name of a VM: `web1`, `qemu:web1` or `libvirt:web1`."""
 
     name = "vm"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Given what was typed, return the name. Raise Refused for a libvirt domain."""
-        if value.startswith("libvirt:"):
-            raise no_libvirt()
-        return str(value).removeprefix("qemu:")
+        """Given what was typed, return it as it is."""
+        return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Offer the names of all VMs."""
@@ -59,10 +56,6 @@ class VMName(click.ParamType):  # type: ignore[type-arg]  # not generic in click
 
 class VMNames(VMName):
     """One VM or several: `web1`, `web1,web2`, `'web*'`, `@group`."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Given what was typed, return it without `qemu:`. Raise Refused for a libvirt domain."""
-        return ",".join(super(VMNames, self).convert(part, param, ctx) for part in str(value).split(","))
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Offer the names of all VMs, after a comma too."""
@@ -83,11 +76,6 @@ class SnapshotName(click.ParamType):  # type: ignore[type-arg]  # not generic in
         """Offer the snapshots of the VM that was named before."""
         names = look.snapshot_names_quietly(str(ctx.params.get("vm") or ""))
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-def no_libvirt() -> Refused:
-    """Return the refusal of everything libvirt."""
-    return Refused("libvirt domains are not supported yet by this version", hint="diskchain machine define FILE")
 
 
 def vm_argument(command: F) -> F:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
-from diskchain.drivers.agent import ATTEMPT, thaw_patiently
+from diskchain.drivers.agent import ATTEMPT
+from diskchain.drivers.watched import Watched
 from diskchain.errors import AgentFailed, DiskchainError, DriverFailed
 from diskchain.host.process import our_module, spawn_piped, uninterrupted
 
@@ -16,22 +18,25 @@ _PATIENCE = 15.0  # seconds that we try to thaw ourselves when the watchdog was 
 class WatchdogGuard:
     """A PauseGuard. Should the watchdog be killed, what was frozen through it is thawed by us."""
 
-    def __init__(self, child: asyncio.subprocess.Process, run_dir: Path) -> None:
-        self._child, self._channel = child, run_dir / "agent.sock"
+    def __init__(self, child: asyncio.subprocess.Process, vm: Watched) -> None:
+        self._child, self._vm = child, vm
         self._answers: asyncio.Queue[str] = asyncio.Queue()
         self._fired = self._frozen = False
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
-    async def start(cls, run_dir: Path, log: Path, limit: float | None) -> WatchdogGuard:
-        """Start the process and wait until it is connected. Raise DriverFailed."""
+    async def start(cls, vm: Watched, words: Sequence[str], log: Path, limit: float | None) -> WatchdogGuard:
+        """Start the process and wait until it is connected. Raise DriverFailed.
+
+        `words` name the VM to it (see drivers/watchdog.py); `vm` is for us, should it be killed.
+        """
         argv, env = our_module("diskchain.drivers.watchdog")
-        argv += [str(run_dir), *([] if limit is None else [str(limit)])]
+        argv += [*words, *([] if limit is None else [str(limit)])]
         child = await spawn_piped(argv, log, env=env)
         assert child.stdout
         if await asyncio.wait_for(child.stdout.readline(), 30) != b"ready\n":
             raise DriverFailed("the watchdog that guards the pause did not start", hint=f"see {log}")
-        return cls(child, run_dir)
+        return cls(child, vm)
 
     async def _listen(self) -> None:
         assert self._child.stdout
@@ -104,7 +109,7 @@ class WatchdogGuard:
         return int(count) if was == "frozen" and not self._fired else 0
 
     async def _thaw_ourselves(self) -> tuple[str, str]:
-        was, count = await thaw_patiently(self._channel, _PATIENCE)
+        was, count = await self._vm.thaw_patiently(_PATIENCE)
         return "frozen" if was else "thawed", str(count)
 
     async def stop(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from diskchain.chain.model import Image
+from diskchain.drivers.suitable import Unsuitable
 
 Chains = Mapping[str, Sequence[Image]]
 """For each disk its chain, active layer first."""
@@ -127,6 +128,15 @@ class Driver(Protocol):
     async def active_files(self) -> dict[str, Path]:
         """Return for each disk of a VM that is on the file it writes to, as the hypervisor says."""
 
+    async def next_files(self) -> dict[str, Path] | None:
+        """Return for each disk the file that the next start writes to; None where the catalog decides that."""
+
+    async def unsuitable(self) -> list[Unsuitable]:
+        """Return the disks that the guest writes to and that can't be in a snapshot of ours."""
+
+    async def refuse(self, operation: str) -> None:
+        """Raise Refused when the VM's manager stands in the way of a create, revert or merge (a managed save, a job)."""
+
     async def failed_disks(self) -> dict[str, str]:
         """Return for each disk whose last I/O failed why: `nospace` or `failed`. The VM is on."""
 
@@ -227,6 +237,16 @@ class Driver(Protocol):
     # -- configuration
     async def define(self, definition: Definition, chains: Chains) -> None:
         """Make this the configuration of the next start, with these chains as disks."""
+
+    async def align(self, chains: Chains) -> None:
+        """Let the next start write to these chains, whatever else its configuration says; nothing where the catalog
+        decides.
+        """
+
+    async def memory_label(self, disks: Mapping[str, Path]) -> str:
+        """Return the XML to be put in front of the memory that is saved now; `disks`: the overlays that a restore without
+        us is to use.
+        """
 
     # -- snapshot
     async def check_background_save(self) -> None:

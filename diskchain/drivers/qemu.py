@@ -23,6 +23,8 @@ from diskchain.drivers.protocol import Chains, Definition, PauseGuard, SaveProgr
 from diskchain.drivers.qemu_agent import QemuAgent
 from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
 from diskchain.drivers.qemu_parts import Parts, missing
+from diskchain.drivers.suitable import Unsuitable
+from diskchain.drivers.watched import WatchedQemu
 from diskchain.errors import DiskchainError, DriverFailed, Refused, Unreachable
 from diskchain.host import files, hugepages, rescue
 from diskchain.host.process import (
@@ -131,6 +133,16 @@ class QemuDriver(QemuAgent):
             if node.startswith("layer-"):
                 found[target] = file_of[node.removeprefix("layer-")]
         return found
+
+    async def next_files(self) -> None:
+        """The catalog decides."""
+
+    async def unsuitable(self) -> list[Unsuitable]:
+        """None: `define` takes image files only."""
+        return []
+
+    async def refuse(self, operation: str) -> None:
+        """Nobody else manages our machines."""
 
     async def failed_disks(self) -> dict[str, str]:
         """The I/O status that QEMU keeps of each disk."""
@@ -349,6 +361,15 @@ class QemuDriver(QemuAgent):
         self._registered = replace(self._registered, machine=_machine_of(definition))
         self._machines.put(self._registered)
 
+    async def align(self, chains: Chains) -> None:
+        """The catalog decides."""
+
+    async def memory_label(self, disks: Mapping[str, Path]) -> str:
+        """Enough for people and tools to identify it: libvirt shows it (virsh save-image-dumpxml), but can't run it."""
+        return (f"<domain type='qemu'><name>{self.name}</name><uuid>{self.uuid}</uuid>"
+                f"<memory unit='b'>{self.memory_bytes()}</memory><os><type arch='x86_64'>hvm</type></os>"
+                "<description>saved by diskchain; use: diskchain revert</description></domain>")  # fmt: skip
+
     # -- snapshot --------------------------------------------------------------------------------------------------
 
     async def check_background_save(self) -> None:
@@ -359,7 +380,8 @@ class QemuDriver(QemuAgent):
 
     @contextlib.asynccontextmanager
     async def _guard(self, limit: float | None) -> AsyncIterator[PauseGuard]:
-        guard = await WatchdogGuard.start(self.run_dir, self.home / "watchdog.log", limit)
+        vm, words = WatchedQemu(self.run_dir), ["qemu", str(self.run_dir)]
+        guard = await WatchdogGuard.start(vm, words, self.home / "watchdog.log", limit)
         try:
             yield guard
         finally:

@@ -1,8 +1,9 @@
 """The small process that lets a paused VM go on, and thaws its file systems, when diskchain can't.
 
-    python -m diskchain.drivers.watchdog RUN_DIR [LIMIT]
+    python -m diskchain.drivers.watchdog qemu RUN_DIR [LIMIT]
+    python -m diskchain.drivers.watchdog libvirt URI UUID [LIMIT]
 
-It is connected to QEMU before the pause begins, and it is the one that talks to the guest agent: what was frozen
+It is connected to the VM before the pause begins, and it is the one that talks to the guest agent: what was frozen
 through it, it thaws. On stdin, one word a line:
 
     freeze SECONDS   freeze the guest's file systems, in at most that time     -> frozen N      | failed WHY
@@ -19,17 +20,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from diskchain.drivers.agent import ATTEMPT, Agent, thaw_patiently
-from diskchain.drivers.monitor import Monitor
+from diskchain.drivers.agent import ATTEMPT
+from diskchain.drivers.watched import Watched, WatchedQemu
 from diskchain.errors import AgentFailed, DiskchainError
 
-GIVE_UP = 600.0  # seconds after which a VM that can't be resumed is left to `recover`
 THAW_GIVE_UP = 3600.0
 HOLD = 8.0  # seconds that a running guest may be frozen: it writes again within 10
 
@@ -37,11 +38,8 @@ HOLD = 8.0  # seconds that a running guest may be frozen: it writes again within
 class Watchdog:
     """What was begun and must be ended, by us if nobody else does."""
 
-    def __init__(self, run_dir: Path, limit: float | None) -> None:
-        self._run_dir, self._limit = run_dir, limit
-        self._monitor: Monitor | None = None
-        self._agent: Agent | None = None
-        self._channel = contextlib.AsyncExitStack()
+    def __init__(self, vm: Watched, limit: float | None) -> None:
+        self._vm, self._limit = vm, limit
         self._armed = self._frozen = False
         self._armed_until: float | None = None
         self._frozen_until = 0.0
@@ -49,7 +47,7 @@ class Watchdog:
 
     async def watch(self) -> None:
         """Obey the words on stdin until its end."""
-        self._monitor = await Monitor.connect(self._run_dir / "watch.sock")
+        await self._vm.connect()
         words = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(words), sys.stdin)
         _say("ready")
@@ -64,7 +62,7 @@ class Watchdog:
                 break
             await self._obey(line.decode("ascii", "replace").split())
         await self._let_go()
-        await self._monitor.close()  # the next operation's watchdog needs the socket, however long the thaw takes
+        await self._vm.close()
         if self._thawing:
             await self._thawing
 
@@ -93,8 +91,7 @@ class Watchdog:
     async def _freeze(self, limit: float) -> str:
         self._frozen = True  # from the first byte that we send
         try:
-            self._agent = await self._channel.enter_async_context(Agent.connect(self._run_dir / "agent.sock"))
-            count = await self._agent.freeze(limit)
+            count = await self._vm.freeze(limit)
         except DiskchainError:
             await self._begin_thaw()  # it may freeze a minute later all the same
             raise
@@ -102,19 +99,19 @@ class Watchdog:
         return f"frozen {count}"
 
     async def _status(self) -> str:
-        if not self._frozen or self._agent is None:
+        if not self._frozen:
             return "status thawed"
-        return f"status {_word(await self._agent.is_frozen())}"
+        return f"status {_word(await self._vm.is_frozen())}"
 
     async def _thaw(self) -> str:
         if self._thawing:  # we have acted already: they were not frozen until now
             await asyncio.wait([self._thawing], timeout=ATTEMPT)
             if not self._thawing.done():
                 raise AgentFailed("the guest agent does not answer")
-        if not self._frozen or self._agent is None:
+        if not self._frozen:
             return "thawed thawed 0"
         try:
-            was, count = await self._agent.thaw()
+            was, count = await self._vm.thaw()
         except DiskchainError:
             await self._begin_thaw()
             raise
@@ -123,8 +120,8 @@ class Watchdog:
 
     async def _let_go(self) -> None:
         """Resume and thaw what we are responsible for."""
-        if self._armed and self._monitor:
-            await let_go_on(self._monitor)
+        if self._armed:
+            await self._vm.let_go_on()
         self._armed = False
         await self._begin_thaw()
 
@@ -132,13 +129,13 @@ class Watchdog:
         """Thaw in the background: a pause that begins meanwhile must find us listening."""
         if not self._frozen:
             return
-        self._frozen, self._agent = False, None
-        await self._channel.aclose()
+        self._frozen = False
+        await self._vm.drop_agent()
         self._thawing = asyncio.create_task(self._thaw_patiently())
 
     async def _thaw_patiently(self) -> None:
         with contextlib.suppress(DiskchainError):
-            await thaw_patiently(self._run_dir / "agent.sock", THAW_GIVE_UP)
+            await self._vm.thaw_patiently(THAW_GIVE_UP)
 
 
 async def _answer(work: Coroutine[Any, Any, str]) -> None:
@@ -157,27 +154,21 @@ def _say(line: str) -> None:
         print(line.replace("\n", " "), flush=True)
 
 
-async def let_go_on(monitor: Monitor) -> None:
-    """Resume the VM as soon as it can be resumed."""
-    end = time.monotonic() + GIVE_UP
-    while time.monotonic() < end:
-        try:
-            status = (await monitor.execute("query-status"))["status"]
-            if status not in ("paused", "postmigrate", "finish-migrate"):
-                return
-            if status != "finish-migrate":
-                await monitor.execute("cont")
-                return
-        except DiskchainError:
-            return
-        await asyncio.sleep(0.1)
+def watched(words: list[str]) -> tuple[Watched, float | None]:
+    """Given our arguments, return the VM and the limit."""
+    kind, *rest = words
+    if kind == "libvirt":
+        uri, uuid, *limit = rest
+        domain: Watched = importlib.import_module("diskchain.drivers.libvirt").WatchedDomain(uri, uuid)
+        return domain, float(limit[0]) if limit else None
+    run_dir, *limit = rest
+    return WatchedQemu(Path(run_dir)), float(limit[0]) if limit else None
 
 
 def main() -> None:
-    """Run from the command line: RUN_DIR [LIMIT in seconds]."""
-    limit = float(sys.argv[2]) if len(sys.argv) > 2 else None
+    """Run from the command line, see above."""
     with contextlib.suppress(DiskchainError, BrokenPipeError):
-        asyncio.run(Watchdog(Path(sys.argv[1]), limit).watch())
+        asyncio.run(Watchdog(*watched(sys.argv[1:])).watch())
 
 
 if __name__ == "__main__":

@@ -9,21 +9,16 @@ import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Snapshot
 from diskchain.chain.qcow2 import Header
-from diskchain.chain.rules import Finding, dangling, deep_chains, detached, error, info, warning
+from diskchain.chain.rules import Finding, deep_chains, detached, error, info, warning
 from diskchain.chain.text import size
-from diskchain.drivers.machines import Registered
 from diskchain.drivers.protocol import VMState
-from diskchain.drivers.qemu import QemuDriver
 from diskchain.errors import (
     DiskchainError,
-    DriverFailed,
     HostileImage,
     MemoryDamaged,
     NotFound,
@@ -35,142 +30,13 @@ from diskchain.errors import (
 from diskchain.host import files, locks, qemu_img
 from diskchain.ops import check_states, drift, leftovers
 from diskchain.ops.approve import checked_header, fingerprint
-from diskchain.ops.vm import Host, definition_at, plain
+from diskchain.ops.looked import Look, look
+from diskchain.ops.vm import Host, definition_at
 from diskchain.store import catalog as catalog_store
-from diskchain.store import journal, memory_file
+from diskchain.store import memory_file
 from diskchain.store.catalog import Home
 
-BACKUP = "bring it back from a backup; RECOVER.txt beside it lists the chain"
-
-
-@dataclass
-class Look:
-    """What is known of one VM, as far as it could be read."""
-
-    name: str
-    registered: Registered | None = None
-    catalog: Catalog | None = None
-    state: VMState | None = None  # None: it could not be asked
-    active: dict[str, Path] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    memory_bytes: int = 0
-    changed: list[str] = field(default_factory=list)  # a running machine against its definition, in words
-    no_record: str | None = None  # why that can't be told
-    busy: str | None = None  # an operation is at work now
-    in_flight: frozenset[str] = frozenset()  # what the open journal entry names: nothing of it is judged
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def home(self) -> Home | None:
-        """The VM's records."""
-        return Home(self.registered.home) if self.registered else None
-
-
-async def look(host: Host, name: str) -> Look:
-    """Read all that can be read of a VM; what can't be is a finding. Raise NotFound when there is no such VM."""
-    name = plain(name)
-    seen = Look(name)
-    try:
-        seen.registered = host.machines.get(name)
-    except NotFound:
-        raise
-    except Refused as problem:
-        seen.findings.append(error("definition-unreadable", name, problem.message, problem.hint))
-        return seen
-    except DiskchainError as problem:
-        seen.findings.append(error("definition-damaged", name, problem.message, problem.hint))
-        return seen
-    home = Home(seen.registered.home)
-    if not home.path.is_dir():
-        seen.findings.append(error("records-missing", name, f"{home.path} does not exist",
-                                   "bring the directory back from a backup; the images are plain qcow2"))  # fmt: skip
-        await _ask(host, seen)
-        return seen
-    _read_catalog(seen, home)
-    _read_journal(seen, home)
-    await _ask(host, seen)
-    return seen
-
-
-def _read_catalog(seen: Look, home: Home) -> None:
-    assert seen.registered
-    try:
-        catalog = catalog_store.load(home)
-    except NotFound as problem:
-        seen.findings.append(error("catalog-missing", seen.name, problem.message, BACKUP))
-        return
-    except DiskchainError as problem:
-        seen.findings.append(error("catalog-damaged", seen.name, problem.message, problem.hint or BACKUP))
-        return
-    if catalog.uuid != seen.registered.machine.uuid:
-        what = f"{home.catalog} is the catalog of another VM ({catalog.name}, {catalog.uuid})"
-        seen.findings.append(error("catalog-foreign", seen.name, what, BACKUP))
-        return
-    wrong = list(dangling(catalog))
-    seen.findings += wrong
-    seen.catalog = None if wrong else catalog
-
-
-def _read_journal(seen: Look, home: Home) -> None:
-    if not journal.is_open(home):
-        return
-    seen.busy = locks.holder_operation(home.lock)
-    remedy = f"diskchain recover {seen.name}"
-    try:
-        entry = journal.open_entry(home)
-    except DiskchainError as problem:
-        seen.findings.append(error("journal-damaged", seen.name, problem.message,
-                                   "keep every file; bring the entry back from a backup"))  # fmt: skip
-        return
-    if entry is None:
-        return
-    seen.in_flight = frozenset(_words(entry.data))
-    what = f"{entry.op} of {entry.data.get('name', entry.id)!r}, at {entry.state!r}, begun {entry.started}"
-    if seen.busy:
-        seen.findings.append(
-            info("busy", seen.name, f"at work: {what}", "its files change now; check again afterwards")
-        )
-    else:
-        seen.findings.append(warning("interrupted", seen.name, f"{what}; nothing is lost", remedy))
-
-
-def _words(data: Any) -> Iterator[str]:
-    if isinstance(data, str):
-        yield data
-        yield Path(data).name
-    elif isinstance(data, Mapping):
-        for key, value in data.items():
-            yield str(key)
-            yield from _words(value)
-    elif isinstance(data, list):
-        for value in data:
-            yield from _words(value)
-
-
-async def _ask(host: Host, seen: Look) -> None:
-    """Ask the hypervisor, through the socket for those who only look."""
-    assert seen.registered
-    driver = QemuDriver(seen.registered, host.machines, host.config.run_dir, socket="info")
-    seen.memory_bytes = driver.memory_bytes()
-    try:
-        seen.state = await driver.state()
-        if not seen.state.is_off:
-            seen.active = await driver.active_files()
-            seen.failed = await driver.failed_disks()
-            await _compare(seen, driver)
-    except (DiskchainError, KeyError) as problem:
-        said = problem.message if isinstance(problem, DiskchainError) else f"an answer without {problem}"
-        seen.findings.append(warning("no-answer", seen.name, f"QEMU can't be asked: {said}",
-                                     "look at qemu.log beside the catalog, and at its storage"))  # fmt: skip
-    finally:
-        await driver.close()
-
-
-async def _compare(seen: Look, driver: QemuDriver) -> None:
-    try:
-        seen.changed = driver.differences(await driver.live_definition(), driver.definition())
-    except (DriverFailed, ValueError, KeyError, TypeError) as problem:
-        seen.no_record = problem.message if isinstance(problem, DriverFailed) else "its run-time record is damaged"
+NO_RECORDS = Home(Path("/nonexistent"))
 
 
 # -- check -------------------------------------------------------------------------------------------------------------
@@ -187,8 +53,9 @@ async def check(host: Host, name: str, *, deep: bool = False) -> list[Finding]:
                            f"diskchain stop {seen.name} --force, then start"))  # fmt: skip
     if seen.state is VMState.RUNNING and seen.home is not None:
         found += await _frozen_guest(host, seen, seen.home)
-    if seen.catalog is not None and seen.home is not None:
-        found += await asyncio.to_thread(_files, host, seen, seen.catalog, seen.home, deep)
+    if seen.catalog is not None:
+        home = seen.home or NO_RECORDS
+        found += await asyncio.to_thread(_files, host, seen, seen.catalog, home, deep)
         if deep and seen.state is VMState.STOPPED and not seen.busy:
             found += await _images_inside(host, seen, seen.catalog, found)
     return found
@@ -196,9 +63,9 @@ async def check(host: Host, name: str, *, deep: bool = False) -> list[Finding]:
 
 async def _frozen_guest(host: Host, seen: Look, home: Home) -> list[Finding]:
     """Ask the guest agent, unless an operation is at work on the VM: it may be talking to it."""
-    if seen.busy or locks.holder_operation(home.lock) or seen.registered is None:
+    if seen.busy or locks.holder_operation(home.lock) or seen.state is not VMState.RUNNING:
         return []
-    driver = QemuDriver(seen.registered, host.machines, host.config.run_dir, socket="info")
+    driver = seen.driver(host)
     try:
         if not driver.has_agent() or not await driver.is_frozen():
             return []
@@ -221,9 +88,10 @@ def _files(host: Host, seen: Look, catalog: Catalog, home: Home, deep: bool) -> 
         found += _writers(seen, catalog)
     found += detached(catalog)
     found += deep_chains(seen.name, max((len(c) for c in catalog.active_chains().values()), default=0))
-    if seen.registered and not seen.busy and not seen.in_flight:
-        driver = QemuDriver(seen.registered, host.machines, host.config.run_dir, socket="info")
-        found += check_states.own(seen.name, catalog, driver)
+    if seen.domain and not seen.in_flight:
+        found += drift.of_domain(seen.domain, catalog, known=seen.home is not None)
+    if seen.state is not None and not seen.busy and not seen.in_flight:
+        found += check_states.own(seen.name, catalog, seen.driver(host))
     for snapshot in catalog.snapshots.values():
         found += _snapshot(seen, home, snapshot, deep)
     found += leftovers.find(host, catalog, home, seen.in_flight)

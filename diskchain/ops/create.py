@@ -16,7 +16,7 @@ import asyncio
 import getpass
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +24,18 @@ from diskchain.chain.model import Catalog, Image, Memory, MiB, Snapshot, snapsho
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.drivers.protocol import VMState
-from diskchain.errors import BadName, ChainDamaged, DiskchainError, MemoryNotSaved, NoSpace, NotFound, Refused
+from diskchain.errors import (
+    BadName,
+    ChainDamaged,
+    DiskchainError,
+    MemoryNotSaved,
+    NoSpace,
+    NotFound,
+    Refused,
+    UnsupportedDisk,
+)
 from diskchain.host import files
+from diskchain.host.fault import point
 from diskchain.host.process import uninterrupted
 from diskchain.ops import create_pause, flat_pause, layers, save_memory, state_files
 from diskchain.ops.create_rest import note_frozen, resolve_prepared, undo, wait_for_stray_save
@@ -71,10 +81,14 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     if state in (VMState.CRITICAL, VMState.CRASHED):
         raise Refused(f"{vm.name} is {state.value}; a snapshot of it would be of no use",
                       hint=f"put right what stopped it, then: diskchain resume {vm.name}")  # fmt: skip
+    await vm.driver.refuse("create")
+    vm.refresh()
+    await _refuse_unsuitable(vm, request.skip)
     name = _free_name(vm.catalog, request.name)
-    covered = _covered(vm.catalog, request.skip)
+    covered = _covered(vm.catalog, request.skip, [disk.target for disk in await vm.driver.unsuitable()])
     for image_id in covered.values():
         await asyncio.to_thread(layers.verify_chain, vm.catalog, image_id)
+    await vm.verify_definition()
     if state.is_off:
         layers.refuse_foreign_writers(vm.catalog)
     else:
@@ -110,6 +124,7 @@ async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapsh
         progress.warn(f"{vm.name} stands still until its memory is saved" if runs
                       else f"{vm.name} will run for about a millisecond when its memory is saved, then pause again")  # fmt: skip
     await flat_pause.before(vm, prepared.save)
+    vm.save(vm.catalog)  # with the disks that it has now
     entry = journal.begin(vm.home, "create", prepared.snapshot.id, now_utc(), _journal_data(vm, prepared))
     try:
         memory_fd, capture = await _make_files(vm, prepared)
@@ -154,10 +169,18 @@ def _free_name(catalog: Catalog, wanted: str) -> str:
     return next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10000))) if n not in taken)
 
 
-def _covered(catalog: Catalog, skip: tuple[str, ...]) -> dict[str, str]:
+async def _refuse_unsuitable(vm: VM, skip: tuple[str, ...]) -> None:
+    """Raise UnsupportedDisk, naming what to use instead, for a disk that no snapshot covers and that was not skipped."""
+    for disk in await vm.driver.unsuitable():
+        if disk.target not in skip:
+            raise UnsupportedDisk(f"{disk.target} of {vm.name} can't be in a snapshot: it is {disk.why}",
+                                  hint=f"{disk.instead}; or leave it out: --skip-disk {disk.target}")  # fmt: skip
+
+
+def _covered(catalog: Catalog, skip: tuple[str, ...], elsewhere: Collection[str] = ()) -> dict[str, str]:
     """Return what is frozen for each disk that is not skipped. Raise NotFound, Refused."""
     for target in skip:
-        if target not in catalog.active:
+        if target not in catalog.active and target not in elsewhere:
             raise NotFound(f"{catalog.name} has no disk {target}", hint=f"its disks: {', '.join(catalog.active)}")
     covered = {t: i for t, i in catalog.active.items() if t not in skip}
     if not covered:
@@ -268,6 +291,8 @@ async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | Non
         capture.copy()
         entry.advance("prepared")
         _name_overlays(vm, prepared)
+        point("create.named")
+        await vm.driver.align(vm.catalog.active_chains())
         return _note_switched(vm, entry, prepared.snapshot, None, "")
     limit = None if prepared.save == "paused" else create_pause.LIMIT
     async with vm.driver.pause_guard(limit=limit) as guard:
@@ -315,6 +340,7 @@ def _warn_of_pause(snapshot: Snapshot, request: Request, progress: Progress) -> 
 
 async def finish(vm: VM, entry: Entry, snapshot: Snapshot, progress: Progress) -> Snapshot:
     """From `switched` or `saving` to the end. Called by `create` and by recovery."""
+    await vm.driver.align(vm.catalog.active_chains())
     if entry.state == "switched":
         if snapshot.memory.status == "failed":
             await save_memory.let_go_on(vm, snapshot)

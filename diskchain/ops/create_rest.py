@@ -38,6 +38,7 @@ async def resolve_prepared(vm: VM, entry: Entry, progress: Progress) -> tuple[st
     snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
     captured = state_files.finish_capture(vm, snapshot.id, definition_at(vm.home, snapshot))
     snapshot = note_frozen(vm, replace(snapshot, captured=captured))
+    await vm.driver.align(vm.catalog.active_chains())
     if snapshot.memory.status == "saving":
         return without_memory(vm, entry, "interrupted while the VM was paused")
     entry.close()
@@ -54,10 +55,13 @@ def without_memory(vm: VM, entry: Entry, why: str) -> tuple[str, str]:
 
 
 async def _switched(vm: VM, entry: Entry) -> bool | None:
-    """Whether the running VM is on the new overlays; None when no VM runs. Raise ChainDamaged when it is mixed."""
-    if (await vm.driver.state()).is_off:
+    """Whether the VM is on the new overlays, or starts on them next; None when it is off and nobody but the catalog
+    decides that. Raise ChainDamaged when it is mixed.
+    """
+    off = (await vm.driver.state()).is_off
+    active = await (vm.driver.next_files() if off else vm.driver.active_files())
+    if active is None:
         return None
-    active = await vm.driver.active_files()
     new = {t: image.path for t, image in planned_overlays(vm, entry).items()}
     count = sum(active.get(t) == path for t, path in new.items())
     if 0 < count < len(new):
@@ -101,6 +105,7 @@ async def undo(vm: VM, entry: Entry) -> None:
         await vm.driver.end_memory_save()
     vm.reload()
     vm.save(without(vm.catalog, entry))
+    await vm.driver.align(vm.catalog.active_chains())
     for image in overlays.values():
         if image.path.exists():
             if not layers.is_empty(image.path):

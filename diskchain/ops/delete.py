@@ -105,6 +105,8 @@ async def check(vm: VM, deletions: Sequence[Deletion]) -> None:
         first = deletions[0].snapshot.name
         raise VMRunning(f"{vm.name} is on; a merge needs it to be off",
                         hint=f"diskchain stop {vm.name}, or: diskchain delete --restart {vm.name} {first}")  # fmt: skip
+    await vm.driver.refuse("merge")
+    await vm.verify_definition()
     mine = list(vm.catalog.images.values())
     for deletion in deletions:
         await asyncio.to_thread(_verify, vm.catalog, deletion)
@@ -234,6 +236,8 @@ async def _fold_all(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
         if entry.state != "relink":
             merged = await _commit_all(vm, entry, folds, guard, progress)
             entry.advance("relink")
+        else:
+            await _commit_again(vm, folds, guard, progress)
         await _relink_all(vm, entry)
         _forget_layers(vm, entry)
         entry.advance("relinked")
@@ -261,12 +265,27 @@ async def _commit_all(vm: VM, entry: Entry, folds: list[Fold], guard: ImageGuard
     return merged
 
 
+async def _commit_again(vm: VM, folds: list[Fold], guard: ImageGuard, progress: Progress) -> None:
+    """Recovery from `relink`: a top that the VM's definition still names may have been written since (somebody else than
+    us can have started it): its data goes down once more. What names P already is the truth (a redo would put old over new).
+    """
+    named = await vm.driver.next_files() or {}
+    for index, fold in enumerate(folds):
+        if named.get(fold.target) == fold.top.path:
+            await merge.fold(fold, guard, 2 * index, unclean=True, progress=progress)
+
+
 async def _relink_all(vm: VM, entry: Entry) -> None:
     """Everything that named C names P. Can be repeated; never goes back to the commit."""
     for fold in _folds(vm.catalog, entry):
         for overlay in fold.overlays:
             await _relink(overlay, fold.into)
             point("delete.relinked-one")
+    catalog = vm.catalog
+    for fold in _folds(vm.catalog, entry):
+        catalog = catalog.folded(fold.target, fold.top.id, fold.into.id)
+    await vm.driver.align(catalog.active_chains())
+    point("delete.aligned")
 
 
 async def _relink(overlay: Image, into: Image) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from diskchain.chain.model import Catalog
 from diskchain.chain.rules import Finding, error, info, warning
+from diskchain.drivers import domain_xml
+from diskchain.drivers.domains import Domain
 from diskchain.drivers.machines import Registered
+from diskchain.drivers.suitable import suitable
 
 
 def definition(registered: Registered, catalog: Catalog) -> Iterator[Finding]:
@@ -28,6 +31,47 @@ def definition(registered: Registered, catalog: Catalog) -> Iterator[Finding]:
                           f"correct the machine file, then: {again}")  # fmt: skip
     if catalog.name != name:
         yield info("name-differs", name, f"the catalog says {catalog.name}; only the definition's name counts")
+
+
+def of_domain(domain: Domain, catalog: Catalog, *, known: bool) -> Iterator[Finding]:
+    """A libvirt domain against the catalog, and what libvirt holds that would get into the way."""
+    name = domain.name
+    for xml, which in zip(domain.xmls, ("live" if domain.active else "persistent", "persistent"), strict=False):
+        yield from _sources(name, which, xml, catalog)
+    if domain.managed_save:
+        yield warning("managed-save", name, "its memory is in a managed save, which fits its disks only as they are now",
+                      f"virsh start {name}, or drop it: virsh managedsave-remove {name}")  # fmt: skip
+    if domain.snapshots:
+        yield warning("libvirt-snapshots", name, f"libvirt itself has {domain.snapshots} of it; virsh snapshot-delete and "
+                      "snapshot-revert change the chain", f"virsh snapshot-list {name} --tree; leave them, or let them go "
+                      "with virsh snapshot-delete --metadata")  # fmt: skip
+    for disk in suitable(domain.disks)[1]:
+        yield info("not-covered", f"{name} {disk.target}", f"it is {disk.why}: no snapshot covers it", disk.instead)
+    if not domain.persistent:
+        yield info(
+            "transient", name, "its definition is gone when it stops; it can't be reverted", f"virsh dumpxml {name}"
+        )
+    if not known:
+        yield info("not-adopted", name, "diskchain has no records of it", f"diskchain create {name} makes them")
+
+
+def _sources(name: str, which: str, xml: str, catalog: Catalog) -> Iterator[Finding]:
+    for disk in domain_xml.disks(xml):
+        image = catalog.active.get(disk.target)
+        if image is None or disk.path is None:
+            continue
+        says = catalog.images[image].path
+        if says != disk.path and not _same(says, disk.path):
+            yield error("active-differs", f"{name} {disk.target}", f"its {which} definition names {disk.path}, the catalog "
+                        f"says {says}: something else than diskchain changed it",
+                        f"diskchain adopt {name}; do not start it before")  # fmt: skip
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _belongs(catalog: Catalog, target: str, path: Path) -> bool:

@@ -152,16 +152,19 @@ async def _make_overlay(image: Image, below: Image) -> None:
 
 def verify_reference(image: Image, below: Image) -> None:
     """Re-read an overlay's header. Raise ChainDamaged unless it names the right backing file and format."""
-    header = _header(image.path)
-    wanted = qemu_img.backing_name_for(image.path, below.path)
-    if (header.backing_name, header.backing_format) != (wanted, below.fmt):
-        raise ChainDamaged(f"{image.path} names {header.backing_name!r} as its backing file, not {wanted!r}")
+    if not names_backing(image.path, below):
+        header, wanted = _header(image.path), qemu_img.backing_name_for(image.path, below.path)
+        raise ChainDamaged(f"{image.path} names {header.backing_name!r} ({header.backing_format}) as its backing file, "
+                           f"not {wanted!r} ({below.fmt})")  # fmt: skip
 
 
 def names_backing(image: Path, below: Image) -> bool:
-    """Whether an overlay's header names this image as its backing file."""
+    """Whether an overlay's header names this image as its backing file: as we write it, or as others do."""
     header = _header(image)
-    return header.backing_name == qemu_img.backing_name_for(image, below.path) and header.backing_format == below.fmt
+    name = header.backing_name or ""
+    ours = name == qemu_img.backing_name_for(image, below.path)
+    theirs = name != "" and ":" not in name and _same_file(image.parent / name, below.path)
+    return (ours or theirs) and header.backing_format == below.fmt
 
 
 def _header(path: Path) -> qcow2.Header:

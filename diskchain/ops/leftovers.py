@@ -44,7 +44,7 @@ def _identities(paths: Iterator[Path]) -> dict[_Identity, Path]:
 
 def _others(host: Host, catalog: Catalog) -> dict[_Identity, tuple[str, bool]]:
     """The images of all other VMs: whose, and whether that one writes to it. Forgotten ones beside the disks count."""
-    homes = {other.home: other.machine.name for other in host.machines.all()}
+    homes = {other.home: other.label for other in host.neighbours() if other.home is not None}
     for image in catalog.images.values():
         homes.update({near.path: f"(undefined) {near.path.name}" for near in homes_near(image.path)
                       if near.path not in homes})  # fmt: skip

@@ -14,7 +14,8 @@ from diskchain.chain.model import Catalog, Image, Snapshot
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.config import load_config
-from diskchain.drivers.machines import Machines, Registered
+from diskchain.drivers.domains import choose_uri
+from diskchain.drivers.machines import Registered
 from diskchain.errors import DiskchainError
 from diskchain.host import files, locks
 from diskchain.ops.allocation import allocated, raw_extents
@@ -359,7 +360,7 @@ def saves_memory(vm: VM) -> bool:
 def names_quietly() -> list[str]:
     """Return the names of all VMs, for completion: whatever goes wrong, no names."""
     try:
-        return Machines(load_config().state_dir).names()
+        return Host(load_config(), choose_uri(None)).names()
     except Exception:
         return []
 
@@ -367,7 +368,7 @@ def names_quietly() -> list[str]:
 def snapshot_names_quietly(vm: str) -> list[str]:
     """Return the names of a VM's snapshots, for completion."""
     try:
-        home = Home(Machines(load_config().state_dir).get(vm.removeprefix("qemu:")).home)
-        return [s.name for s in catalog_store.load(home).visible()]
+        home = Host(load_config(), choose_uri(None)).places.find(vm).home
+        return [s.name for s in catalog_store.load(home).visible()] if home else []
     except Exception:
         return []

@@ -34,6 +34,7 @@ async def start(vm: VM, progress: Progress = QUIET, *, paused: bool = False) -> 
         return recovered is not None  # what was interrupted may have started it
     if not state.is_off:
         raise Refused(f"{vm.name} is on already, {state.value}", hint=f"diskchain resume {vm.name}")
+    await vm.verify_definition()
     await asyncio.to_thread(layers.verify_active, vm.catalog)
     known = await state_files.provide(vm.driver, replace(vm.catalog, asleep=False))
     if known != vm.catalog:

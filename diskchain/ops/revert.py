@@ -251,6 +251,9 @@ def _discarded(catalog: Catalog, entry: Entry) -> list[str]:
 
 async def resume_load(vm: VM, entry: Entry, progress: Progress) -> str:
     """Recovery from `switched`: finish the revert; return in words what was done."""
+    if await _runs_elsewhere(vm, entry):  # somebody else started it on its layers of before
+        await undo(vm, entry)
+        return "undone"
     await _switch(vm, entry)
     untouched = all(layers.is_empty(i.path) for i in _overlays(vm, entry).values())
     state = await vm.driver.state()
@@ -273,7 +276,7 @@ async def resume_load(vm: VM, entry: Entry, progress: Progress) -> str:
 async def undo(vm: VM, entry: Entry) -> None:
     """Take back a revert whose new overlays hold no data: old catalog, old definition, and a VM that ran runs again."""
     overlays, before = _overlays(vm, entry), entry.data["before"]
-    if entry.state in ("switched", "loaded"):
+    if entry.state in ("switched", "loaded") and not await _runs_elsewhere(vm, entry):
         await _end_untouched(vm, overlays)
         entry.note(undoing=True)  # from here on it is undone, also when we are killed and somebody else goes on
         state_files.take_back(vm, entry.id, Definition(**entry.data["definition"]), entry.data.get("states", {}))
@@ -294,6 +297,14 @@ async def undo(vm: VM, entry: Entry) -> None:
     state_files.forget(vm, entry.id, Definition(**entry.data["definition"]), entry.data.get("states", {}))
     await _power_as_before(vm, entry.data["was"])
     entry.close()
+
+
+async def _runs_elsewhere(vm: VM, entry: Entry) -> bool:
+    """Whether the VM runs on other layers than the new overlays: only a manager besides us can have started that."""
+    if (await vm.driver.state()).is_off:
+        return False
+    running = await vm.driver.active_files()
+    return not any(running.get(t) == image.path for t, image in _overlays(vm, entry).items())
 
 
 async def _end_untouched(vm: VM, overlays: dict[str, Image]) -> None:

@@ -72,6 +72,8 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     Raise NotFound, BadName, ChainDamaged, HostileImage, MemoryDamaged, Refused, NoSpace.
     """
     snapshot = vm.catalog.find(request.name)
+    await vm.driver.refuse("revert")
+    await vm.verify_definition()
     state = await vm.driver.state()
     with_memory = snapshot.memory.saved and not request.cold and not request.only
     definition, changes = _configuration(vm, snapshot, request, with_memory)

@@ -20,7 +20,7 @@ from diskchain.ops import state_files
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, definition_at
 from diskchain.store import memory_file
-from diskchain.store.catalog import Home
+from diskchain.store.catalog import Home, restore_overlay
 from diskchain.store.journal import Entry
 
 RESERVE = 64 * MiB  # stays free on the volume when `auto` decides for memory
@@ -43,10 +43,12 @@ async def make_file(vm: VM, snapshot_id: str, *, was_running: bool) -> int:
     of what QEMU wrote, also when we did not live to see it. Raise NoSpace before anything of the VM was touched.
     """
     path, ram = part_of(vm.home, snapshot_id), vm.driver.memory_bytes()
+    frozen = {t: vm.catalog.images[i].path for t, i in vm.catalog.active.items()}
+    label = await vm.driver.memory_label({t: restore_overlay(p, t, snapshot_id) for t, p in frozen.items()})
     fd = files.create_exclusive(path)
     try:
         with files.os_errors(path, "write"):
-            memory_file.write_header(fd, _domain_xml(vm.name, vm.driver.uuid, ram), was_running=was_running)
+            memory_file.write_header(fd, label, was_running=was_running)
         await _reserve(fd, space_for(ram), path)
     except BaseException:
         os.close(fd)
@@ -65,16 +67,6 @@ async def _reserve(fd: int, size: int, path: Path) -> None:
                           hint="free space, or use --disk-only") from error  # fmt: skip
         if files.free_bytes(path) < size:  # a filesystem that can't reserve
             raise NoSpace(f"no room for the memory: {text_of(size)} are needed", hint="use --disk-only") from error
-
-
-def _domain_xml(name: str, uuid: str, ram: int) -> str:
-    """Return the XML in the header of an embedded machine's memory file: enough for people and tools to identify it.
-
-    libvirt can show it (virsh save-image-dumpxml) but not run it: these devices were never libvirt's.
-    """
-    return (f"<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid><memory unit='b'>{ram}</memory>"
-            "<os><type arch='x86_64'>hvm</type></os>"
-            "<description>saved by diskchain; use: diskchain revert</description></domain>")  # fmt: skip
 
 
 async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Progress) -> Snapshot:

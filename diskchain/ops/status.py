@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from diskchain.chain.rules import (
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError
 from diskchain.host import files
-from diskchain.ops import check
-from diskchain.ops.check import Look
 from diskchain.ops.look import age
+from diskchain.ops.looked import Look, look
 from diskchain.ops.save_memory import space_for
 from diskchain.ops.vm import Host
 from diskchain.store.catalog import Home
@@ -46,11 +45,12 @@ class Status:
     volume: Path | None = None  # a directory on the volume with the least space
     volume_size: int | None = None
     findings: list[Finding] = field(default_factory=list)
+    driver: str = "qemu"
 
     def to_json(self) -> dict[str, Any]:
         """Return the keys that scripts rely on."""
         oldest = None if self.oldest_seconds is None else int(self.oldest_seconds)
-        return {"name": self.name, "driver": "qemu", "state": self.state, "snapshots": self.snapshots,
+        return {"name": self.name, "driver": self.driver, "state": self.state, "snapshots": self.snapshots,
                 "oldest_seconds": oldest, "depth": self.depth, "used": self.used, "pending": self.pending,
                 "free": self.free, "volume": str(self.volume) if self.volume else None, "volume_size": self.volume_size,
                 "findings": [f.to_json() for f in self.findings]}  # fmt: skip
@@ -58,23 +58,26 @@ class Status:
 
 async def status(host: Host, name: str) -> Status:
     """Return how a VM is. Raise NotFound."""
-    seen = await check.look(host, name)
+    seen = await look(host, name)
     found = list(seen.findings)
     if seen.state is VMState.CRASHED:
         found.append(error("crashed", seen.name, "the guest has crashed; QEMU stands still",
                            f"diskchain stop {seen.name} --force, then start"))  # fmt: skip
-    if seen.catalog is None or seen.home is None:
-        return Status(seen.name, _word(seen), findings=found)
-    return _of_catalog(seen, seen.catalog, seen.home, found)
+    kind = seen.place.kind if seen.place else "qemu"
+    if seen.catalog is None:
+        return Status(seen.name, _word(seen), findings=found, driver=kind)
+    return replace(_of_catalog(seen, seen.catalog, found), driver=kind)
 
 
 def _word(seen: Look) -> str:
-    if seen.registered is None or (seen.catalog is None and seen.state in (None, VMState.STOPPED)):
+    if seen.place is None or (seen.catalog is None and seen.state in (None, VMState.STOPPED)):
         return "damaged"
     return seen.state.value if seen.state else "unknown"
 
 
-def _of_catalog(seen: Look, catalog: Catalog, home: Home, found: list[Finding]) -> Status:
+def _of_catalog(seen: Look, catalog: Catalog, found: list[Finding]) -> Status:
+    first = catalog.images[next(iter(catalog.active.values()))].path
+    home = seen.home or Home.beside(first, catalog.uuid)
     now = time.time()
     ages = [(s.name, a) for s in catalog.visible() if (a := age(s.created, now)) is not None]
     depth = max((len(chain) for chain in catalog.active_chains().values()), default=0)
@@ -86,7 +89,7 @@ def _of_catalog(seen: Look, catalog: Catalog, home: Home, found: list[Finding]) 
         found.append(stopped_itself(seen.name, seen.failed, _places(catalog, volumes)))
     for path, space in volumes.items():
         found += full_volume(seen.name, path, *space)
-    if seen.state in (VMState.RUNNING, VMState.PAUSED, VMState.STOPPED) and (room := _room(home.path)) is not None:
+    if seen.state in (VMState.RUNNING, VMState.PAUSED, VMState.STOPPED) and (room := _room(home.disks_dir)) is not None:
         found += memory_fits(seen.name, home.disks_dir, room, space_for(seen.memory_bytes))
     tightest = min(volumes, key=lambda path: volumes[path][0], default=None)
     free, total = volumes[tightest] if tightest else (0, 0)

@@ -4,43 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diskchain.chain.model import Catalog, Snapshot, vm_name
+from diskchain.cluster.detect import refuse_managed
 from diskchain.config import Config
+from diskchain.drivers.domains import Domains
 from diskchain.drivers.machines import Machines
 from diskchain.drivers.protocol import Definition, Driver
-from diskchain.drivers.qemu import QemuDriver
 from diskchain.errors import ChainDamaged, DiskchainError, NotFound, Unfinished
 from diskchain.host import files
 from diskchain.host.locks import vm_lock
+from diskchain.ops.adopt import catalog_of, refreshed
+from diskchain.ops.ids import new_id as new_id
+from diskchain.ops.ids import now_utc as now_utc
+from diskchain.ops.places import LIBVIRT, Place, Places, find_home, new_home
 from diskchain.store import catalog as catalog_store
 from diskchain.store import journal
 from diskchain.store.catalog import Home
 
 
-def new_id() -> str:
-    """Return a fresh id for an image, a snapshot or an operation: 12 hex digits."""
-    return secrets.token_hex(6)
-
-
-def now_utc() -> str:
-    """Return the time as ISO 8601 UTC, for display only; nothing is decided by a clock."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
 class VM:
-    """A VM, its records and its driver. `catalog` is what was last read or written."""
+    """A VM, its records and its driver. `catalog` is what was last read or written.
 
-    def __init__(self, driver: Driver, home: Home, host: Host) -> None:
+    A domain that we have no records of yet comes with the catalog that it would be adopted with (`known` is False).
+    """
+
+    def __init__(self, driver: Driver, home: Home, host: Host, catalog: Catalog | None = None) -> None:
         self.driver = driver
         self.home = home
         self.host = host
-        self.catalog: Catalog = catalog_store.load(home)
+        self.known = catalog is None
+        self.catalog: Catalog = catalog or catalog_store.load(home)
 
     @property
     def name(self) -> str:
@@ -59,7 +56,33 @@ class VM:
 
     def reload(self) -> None:
         """Read the catalog afresh."""
-        self.catalog = catalog_store.load(self.home)
+        if self.known:
+            self.catalog = catalog_store.load(self.home)
+
+    def refresh(self) -> None:
+        """Take up disks that were attached to, or detached from, a libvirt domain since. Nothing is written.
+
+        Raise ChainDamaged when a disk that we know lies elsewhere now.
+        """
+        if self.known and self.driver.kind == LIBVIRT and not journal.is_open(self.home):
+            domain = self.host.domains.get(self.driver.uuid)
+            self.catalog = refreshed(self.catalog, domain, self.config.image_roots)
+
+    async def verify_definition(self) -> None:
+        """Raise ChainDamaged when the VM's manager would start it on other layers than the catalog says."""
+        for target, path in (await self.driver.next_files() or {}).items():
+            known = self.catalog.active.get(target)
+            says = self.catalog.images[known].path if known else None
+            if says != path and not (says and _same(says, path)):
+                raise ChainDamaged(f"{target} of {self.name} is defined with {path}, the catalog says {says or 'nothing'}",
+                                   hint=f"changed by something else; take it up: diskchain adopt {self.name}")  # fmt: skip
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -75,19 +98,27 @@ class Neighbour:
 class Host:
     """All VMs that this host's diskchain can reach."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, uri: str | None = None) -> None:
         self.config = config
         self.machines = Machines(config.state_dir)
+        self.domains = Domains(uri)
+        self.places = Places(config, self.machines, self.domains)
 
     def names(self) -> list[str]:
-        """Return the names of all VMs, sorted."""
-        return self.machines.names()
+        """Return the names of all VMs, sorted. Raise Unreachable."""
+        return self.places.names()
 
     def neighbours(self) -> Iterator[Neighbour]:
-        """Yield every VM of this host whose definition can be read, to ask who uses an image."""
+        """Yield every VM of this host whose definition can be read, to ask who uses an image.
+
+        Raise Unreachable when libvirt does not answer: nobody may write to what it might use.
+        """
         for other in self.machines.all():
             paths = tuple(Path(d.image) for d in other.machine.disks)
             yield Neighbour(f"the machine {other.machine.name}", other.machine.uuid, other.home, paths)
+        for domain in self.domains.all():
+            home = find_home(domain)
+            yield Neighbour(f"the domain {domain.name}", domain.uuid, home.path if home else None, domain.images)
 
     @contextlib.asynccontextmanager
     async def look(self, name: str) -> AsyncIterator[VM]:
@@ -99,13 +130,30 @@ class Host:
             await vm.driver.close()
 
     @contextlib.asynccontextmanager
-    async def change(self, name: str, operation: str, *, wait: float | None = None) -> AsyncIterator[VM]:
+    async def change(self, name: str, operation: str, *, wait: float | None = None,
+                     adopt: bool = False) -> AsyncIterator[VM]:  # fmt: skip
         """Open a VM for a change: hold its lock. An interrupted operation is the caller's to resolve first.
 
+        `adopt`: records are made for a domain that has none; without it such a domain can only be started, stopped, ...
         Raise NotFound, RecordDamaged, Busy.
         """
-        home = self._home(name)
-        with vm_lock(home.lock, f"{operation} {name}", wait=self.config.wait if wait is None else wait):
+        wait = self.config.wait if wait is None else wait
+        place = self.places.find(name)
+        if place.domain:
+            refuse_managed(place.name)
+        with self._first_lock(name, operation, wait) as first:
+            made = self._adopt(name) if adopt and first else None
+            try:
+                async with self._changing(name, operation, wait) as vm:
+                    yield vm
+            except BaseException:
+                if made is not None and not catalog_store.load(made).snapshots and not journal.is_open(made):
+                    made.remove_unused()
+                raise
+
+    @contextlib.asynccontextmanager
+    async def _changing(self, name: str, operation: str, wait: float) -> AsyncIterator[VM]:
+        with self._lock(name, operation, wait):
             vm = self._open(name, socket="qmp")
             before = journal.contents(vm.home)
             try:
@@ -115,19 +163,51 @@ class Host:
             finally:
                 await vm.driver.close()
 
-    def _home(self, name: str) -> Home:
-        home = Home(self.machines.get(plain(name)).home)
-        if not home.path.is_dir():
-            raise ChainDamaged(f"the records of {name} are gone: {home.path} does not exist",
+    @contextlib.contextmanager
+    def _first_lock(self, name: str, operation: str, wait: float) -> Iterator[bool]:
+        """The lock of a domain without records: it keeps two commands from making them at once. Yield whether it is one."""
+        place = self.places.find(name)
+        if place.home is not None:
+            yield False
+            return
+        directory = self.config.run_dir / "domains"
+        with files.os_errors(directory, "create"):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with vm_lock(directory / f"{place.uuid}.lock", f"{operation} {name}", wait=wait):
+            yield True
+
+    def _lock(self, name: str, operation: str, wait: float) -> contextlib.AbstractContextManager[None]:
+        place = self.places.find(name)
+        if place.home is None:
+            return contextlib.nullcontext()  # the first lock is held
+        return vm_lock(self._home(place).lock, f"{operation} {name}", wait=wait)
+
+    def _adopt(self, name: str) -> Home | None:
+        """Make the records of a domain that has none, and return them. The first lock is held."""
+        place = self.places.find(name)
+        if place.home is None and place.domain:
+            catalog, home = catalog_of(place.domain, self.config.image_roots), new_home(place.domain)
+            with files.os_errors(home.path, "create"):
+                home.make()
+            catalog_store.save(home, catalog)
+            return home
+        return None
+
+    def _home(self, place: Place) -> Home:
+        home = place.home or (new_home(place.domain) if place.domain else None)
+        assert home
+        if place.home is not None and not home.path.is_dir():
+            raise ChainDamaged(f"the records of {place.name} are gone: {home.path} does not exist",
                                hint="bring the directory back from a backup; the images themselves are plain qcow2")  # fmt: skip
         return home
 
     def _open(self, name: str, *, socket: str) -> VM:
-        registered = self.machines.get(plain(name))
-        driver = QemuDriver(registered, self.machines, self.config.run_dir, socket=socket)
-        home = self._home(name)
+        place = self.places.find(name)
+        home = self._home(place)
+        catalog = catalog_of(place.domain, self.config.image_roots) if place.home is None and place.domain else None
+        driver = self.places.driver(place, socket=socket)
         try:
-            vm = VM(driver, home, self)
+            vm = VM(driver, home, self, catalog)
         except NotFound as error:
             raise ChainDamaged(f"the catalog of {name} is missing: {home.catalog}",
                                hint="bring it back from a backup; RECOVER.txt beside it lists the chain") from error  # fmt: skip
@@ -157,7 +237,7 @@ def plain(name: str) -> str:
     try:
         return vm_name(bare)
     except DiskchainError:
-        raise NotFound(f"there is no VM {name!r}", hint="diskchain machine list") from None
+        raise NotFound(f"there is no machine {name!r}", hint="diskchain machine list") from None
 
 
 def refuse_unfinished(vm: VM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -54,6 +55,14 @@ class Home:
         self.fill_reserve()
         files.fsync_dir(self.path.parent)
         files.fsync_dir(self.path)
+
+    def remove_unused(self) -> None:
+        """Take back a `make` of records that nothing was put into; what is not empty stays."""
+        for path in (self.reserve, self.recover_txt, self.catalog, self.lock):
+            path.unlink(missing_ok=True)
+        for directory in (self.journal, self.path / "snapshots", self.path, self.path.parent):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
     def fill_reserve(self) -> None:
         """Make sure of 1 MiB that a delete can fall back on when the volume is full; quietly nothing when it is."""
@@ -129,6 +138,11 @@ def _from_json(body: dict[str, Any], root: Path) -> Catalog:
     return Catalog(**{**body, "images": images, "snapshots": snapshots, **lists})
 
 
+def restore_overlay(frozen: Path, target: str, snapshot_id: str) -> Path:
+    """Return the overlay that RECOVER.txt tells to make on a frozen image: not there before, so nothing of ours is hit."""
+    return frozen.with_name(f"{frozen.stem}.{target}.{snapshot_id}.restore.qcow2")
+
+
 def recover_text(home: Home, catalog: Catalog) -> str:
     """Return RECOVER.txt: how to open every state of the VM with plain qemu-img, should diskchain be gone."""
     lines = [
@@ -155,7 +169,7 @@ def recover_text(home: Home, catalog: Catalog) -> str:
         lines.append(f"  {s.name} ({s.created})")
         for target, image_id in s.disks.items():
             image = catalog.images[image_id]
-            fresh = image.path.with_suffix(f".{s.id}.restore.qcow2")
+            fresh = restore_overlay(image.path, target, s.id)
             lines.append(f"    qemu-img create -f qcow2 -F {image.fmt} -b '{image.path}' '{fresh}'   # {target}")
         if s.memory.saved:
             lines.append(f"    memory: {home.memory(s.id)}")

@@ -117,7 +117,7 @@ def test_contradicting_options_and_missing_confirmation_change_nothing(tree: Rig
         refused(tree, "create", "vm", "x", "--memory", code=6, says="off")
         refused(tree, "delete", "vm", "s1", "-y", code=6)
         refused(tree, "pause", "vm", code=6)
-        refused(tree, "start", "libvirt:vm", code=6)
+        refused(tree, "start", "libvirt:vm", code=4)
 
 
 def test_one_wrong_name_of_several_deletes_none(tree: Rig) -> None:

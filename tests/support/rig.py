@@ -55,6 +55,7 @@ class Rig:
     ext4: Sequence[str] = ()  # of the raw ones: those that get a file system
     agent: bool = False
     parts: Sequence[str] = ()  # more lines of the machine file: firmware, tpm
+    uri: str = "none"  # no libvirt of the host's is ever asked
     expected: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +92,7 @@ class Rig:
             "DISKCHAIN_STATE_DIR": str(self.dir / "state"),
             "DISKCHAIN_RUN_DIR": str(self.run_dir),
             "XDG_CONFIG_HOME": str(self.dir / "config"),
+            "LIBVIRT_DEFAULT_URI": self.uri,
         }
 
     # -- running diskchain

@@ -28,8 +28,8 @@ ONLY = {
     "click": ("cli",),
     "rich": ("cli",),
     "qemu": ("drivers", "host/storage_daemon.py"),
-    "libvirt": ("drivers/libvirt.py",),
-    "libvirt_qemu": ("drivers/libvirt.py",),
+    "libvirt": ("drivers/libvirt.py", "drivers/libvirt_api.py", "drivers/libvirt_agent.py", "drivers/libvirt_list.py"),
+    "libvirt_qemu": ("drivers/libvirt.py", "drivers/libvirt_agent.py"),
     "subprocess": ("host/process.py",),
 }
 

@@ -46,6 +46,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.setenv("DISKCHAIN_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("DISKCHAIN_RUN_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "none")  # no libvirt of the host's is ever asked
 
     def run(*argv: str, code: int | None = 0) -> Answer:
         capfd.readouterr()

@@ -71,9 +71,14 @@ def test_vm_name_that_cannot_be_exits_4_and_is_escaped(run: Run, name: str) -> N
         assert "\x1b" not in run(*words, code=4).err
 
 
-@pytest.mark.parametrize("words", [["list", "libvirt:web1"], ["-c", "qemu:///system", "list"]])
-def test_libvirt_is_refused(run: Run, words: list[str]) -> None:
-    assert "not supported yet" in run(*words, code=6).err
+@pytest.mark.parametrize(("words", "code"), [
+    (["list", "libvirt:web1"], 4),
+    (["-c", "qemu+unix:///system?socket=/nonexistent/socket", "list"], 9),
+    (["-c", "qemu+ssh://elsewhere/system", "list"], 6),
+    (["-c", "xen:///", "list"], 6),
+])  # fmt: skip
+def test_libvirt_that_is_not_there_or_not_ours_is_refused(run: Run, words: list[str], code: int) -> None:
+    run(*words, code=code)
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)

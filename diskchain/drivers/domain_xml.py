@@ -1,0 +1,261 @@
+"""libvirt's domain XML as values: what of it concerns snapshots, and the few changes that we make to it. Pure.
+
+Everything that is not named here passes through as it is: element order, line layout (Pacemaker's agent greps it),
+comments. Source: libvirt docs/formatdomain.html, docs/formatsnapshot.html.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diskchain.chain.model import Image
+from diskchain.errors import DriverFailed
+
+_UNITS = {"b": 1, "bytes": 1, "KB": 1000, "k": 1024, "KiB": 1024, "MB": 10**6, "M": 1 << 20, "MiB": 1 << 20,
+          "GB": 10**9, "G": 1 << 30, "GiB": 1 << 30, "TB": 10**12, "T": 1 << 40, "TiB": 1 << 40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DomainDisk:
+    """One `<disk>`. `path` is None where it is no file, or a pool's volume that is not resolved yet."""
+
+    target: str
+    type: str  # file | block | volume | network | dir | nvme | vhostuser | vhostvdpa
+    device: str  # disk | cdrom | floppy | lun
+    fmt: str  # what <driver type=> says; "" when it says nothing (libvirt takes raw then)
+    path: Path | None
+    pool: str = ""
+    volume: str = ""
+    read_only: bool = False
+    shareable: bool = False
+    transient: bool = False
+    protocol: str = ""  # of a network disk
+
+    @property
+    def is_empty(self) -> bool:
+        """A drive without a medium."""
+        return self.path is None and self.type in ("file", "block", "dir")
+
+
+def parse(text: str) -> ET.Element:
+    """Given a domain's XML, return its root. Raise DriverFailed for what is none."""
+    for prefix, uri in re.findall(r"xmlns:([A-Za-z]\w*)=[\"']([^\"']+)", text):
+        if not re.fullmatch(r"ns\d+", prefix):
+            ET.register_namespace(prefix, uri)  # <qemu:commandline> stays what it is called
+    try:
+        root = ET.fromstring(text, ET.XMLParser(target=ET.TreeBuilder(insert_comments=True)))  # noqa: S314 - libvirtd's own
+    except ET.ParseError as error:
+        raise DriverFailed(f"libvirt's XML can't be read: {error}") from None
+    if root.tag != "domain":
+        raise DriverFailed(f"libvirt's XML is a <{root.tag}>, not a <domain>")
+    return root
+
+
+def _text(root: ET.Element) -> str:
+    return ET.tostring(root, encoding="unicode")
+
+
+def name(text: str) -> str:
+    """Return the domain's name."""
+    return parse(text).findtext("name") or ""
+
+
+def uuid(text: str) -> str:
+    """Return the domain's uuid."""
+    return parse(text).findtext("uuid") or ""
+
+
+def memory_bytes(text: str) -> int:
+    """Return the most memory that the guest can have (bytes): what a saved memory can be as large as."""
+    root = parse(text)
+    sizes = [_size(found) for tag in ("memory", "maxMemory") if (found := root.find(tag)) is not None]
+    return max(sizes, default=0)
+
+
+def _size(element: ET.Element) -> int:
+    return int(element.text or 0) * _UNITS.get(element.get("unit", "KiB"), 1024)
+
+
+def disks(text: str) -> tuple[DomainDisk, ...]:
+    """Return the domain's disks in their order, CD-ROM and floppy drives too."""
+    return tuple(_disk(element) for element in _disk_elements(parse(text)))
+
+
+def _disk_elements(root: ET.Element) -> Iterator[ET.Element]:
+    yield from root.findall("./devices/disk")
+
+
+def _target(element: ET.Element) -> str:
+    found = element.find("target")
+    return found.get("dev", "") if found is not None else ""
+
+
+def _disk(element: ET.Element) -> DomainDisk:
+    source, driver = element.find("source"), element.find("driver")
+    attributes: Mapping[str, str] = source.attrib if source is not None else {}
+    place = attributes.get("file") or attributes.get("dev") or attributes.get("dir")
+    return DomainDisk(
+        target=_target(element), type=element.get("type", "file"), device=element.get("device", "disk"),
+        fmt=driver.get("type", "") if driver is not None else "", path=Path(place) if place else None,
+        pool=attributes.get("pool", ""), volume=attributes.get("volume", ""), protocol=attributes.get("protocol", ""),
+        read_only=element.find("readonly") is not None, shareable=element.find("shareable") is not None,
+        transient=element.find("transient") is not None,
+    )  # fmt: skip
+
+
+def with_sources(text: str, tops: Mapping[str, tuple[Path, str]]) -> str:
+    """Return the XML with these files (and formats) as the disks' sources.
+
+    What libvirt noted of the old chain goes (`backingStore`, the source's `index`): it is read anew at the next start.
+    """
+    root = parse(text)
+    for element in _disk_elements(root):
+        found = tops.get(_target(element))
+        if found is not None:
+            _set_source(element, *found)
+    return _text(root)
+
+
+def _set_source(element: ET.Element, path: Path, fmt: str) -> None:
+    source, driver = element.find("source"), element.find("driver")
+    if source is None:
+        source = ET.SubElement(element, "source")
+    policy = {k: v for k, v in source.attrib.items() if k == "startupPolicy"}
+    source.attrib.clear()
+    source.attrib.update({"file": str(path), **policy})
+    element.set("type", "file")
+    for stale in [*element.findall("backingStore"), *element.findall("mirror")]:
+        element.remove(stale)
+    if driver is None:
+        driver = ET.Element("driver", {"name": "qemu"})
+        element.insert(0, driver)
+    driver.set("type", fmt)
+
+
+def snapshot(text: str, overlays: Mapping[str, Image]) -> str:
+    """Return the snapshot XML that switches these disks to overlays that exist already, and no other disk."""
+    root = ET.Element("domainsnapshot")
+    ET.SubElement(root, "memory", {"snapshot": "no"})
+    listed = ET.SubElement(root, "disks")
+    for disk in disks(text):
+        if disk.target not in overlays:
+            ET.SubElement(listed, "disk", {"name": disk.target, "snapshot": "no"})
+            continue
+        element = ET.SubElement(listed, "disk", {"name": disk.target, "snapshot": "external", "type": "file"})
+        ET.SubElement(element, "driver", {"type": "qcow2"})
+        ET.SubElement(element, "source", {"file": str(overlays[disk.target].path)})
+    return _text(root)
+
+
+# -- what else a snapshot must know ------------------------------------------------------------------------------------
+
+
+def nvram(text: str) -> Path | None:
+    """Return the file of the UEFI variables, or None."""
+    element = parse(text).find("./os/nvram")
+    if element is None:
+        return None
+    source = element.find("source")
+    place = source.get("file") if source is not None else (element.text or "").strip()
+    return Path(place) if place else None
+
+
+def has_tpm(text: str) -> bool:
+    """Whether the domain has an emulated TPM."""
+    return any(backend.get("type") == "emulator" for backend in parse(text).iter("backend"))
+
+
+def passthrough(text: str) -> list[str]:
+    """Return the host devices that are passed to the guest: a background save can't be with them (VFIO)."""
+    root = parse(text)
+    found = [f"hostdev {element.get('type', '?')}" for element in root.findall("./devices/hostdev")]
+    found += ["interface hostdev" for e in root.findall("./devices/interface") if e.get("type") == "hostdev"]
+    return found
+
+
+def serial_log(text: str) -> Path | None:
+    """Return the file that the first serial port goes to, or None."""
+    for element in parse(text).findall("./devices/serial"):
+        for child in (element.find("log"), element.find("source")):
+            place = (
+                None
+                if child is None
+                else child.get("file") or (child.get("path") if element.get("type") == "file" else None)
+            )
+            if place:
+                return Path(place)
+    return None
+
+
+def agent_channel(text: str) -> str | None:
+    """Return the state of the guest agent's channel (`connected`, `disconnected`, ""), None when there is no such channel."""
+    for target in parse(text).findall("./devices/channel/target"):
+        if target.get("name") == "org.qemu.guest_agent.0":
+            return target.get("state", "")
+    return None
+
+
+def machine_types(capabilities: str) -> set[str]:
+    """Given libvirt's capabilities XML, return the machine types of its x86_64 QEMU."""
+    root = ET.fromstring(capabilities)  # noqa: S314 - libvirtd's own
+    return {m.text or "" for arch in root.iter("arch") if arch.get("name") == "x86_64" for m in arch.iter("machine")}
+
+
+def machine_type(text: str) -> str:
+    """Return the machine type, like pc-q35-7.2."""
+    found = parse(text).find("./os/type")
+    return found.get("machine", "") if found is not None else ""
+
+
+# -- differences in words ----------------------------------------------------------------------------------------------
+
+
+def differences(old: str, new: str) -> list[str]:
+    """Return in words what changes from one configuration to the other; where disks lie is left out."""
+    one, other = parse(old), parse(new)
+    found = [f"{word} {before} -> {after}" for word, before, after in _plain_values(one, other) if before != after]
+    found += _devices(one, other)
+    return found
+
+
+def _plain_values(one: ET.Element, other: ET.Element) -> Iterator[tuple[str, str, str]]:
+    for word, place in (("cpus", "vcpu"), ("name", "name"), ("title", "title")):
+        yield word, one.findtext(place) or "-", other.findtext(place) or "-"
+    for word, place in (("memory", "memory"), ("memory in use", "currentMemory")):
+        yield word, _in_mib(one.find(place)), _in_mib(other.find(place))
+    for word, place, attribute in (("machine", "./os/type", "machine"), ("firmware", "./os", "firmware"),
+                                   ("cpu mode", "./cpu", "mode")):  # fmt: skip
+        yield word, _attribute(one, place, attribute), _attribute(other, place, attribute)
+    for word, place in (("kernel", "./os/kernel"), ("initrd", "./os/initrd"), ("cmdline", "./os/cmdline"),
+                        ("loader", "./os/loader"), ("cpu model", "./cpu/model")):  # fmt: skip
+        yield word, one.findtext(place) or "-", other.findtext(place) or "-"
+
+
+def _in_mib(element: ET.Element | None) -> str:
+    return "-" if element is None else f"{_size(element) >> 20} MiB"
+
+
+def _attribute(root: ET.Element, place: str, attribute: str) -> str:
+    element = root.find(place)
+    return "-" if element is None else element.get(attribute, "-")
+
+
+def _devices(one: ET.Element, other: ET.Element) -> list[str]:
+    before, after = ([_target(e) for e in _disk_elements(root)] for root in (one, other))
+    found = [f"{t} detached, its file kept" for t in before if t not in after]
+    found += [f"{t} attached" for t in after if t not in before]
+    if _macs(one) != _macs(other):
+        found.append("network devices differ")
+    for tag in ("hostdev", "tpm", "rng", "video", "graphics", "sound", "watchdog", "filesystem", "vsock"):
+        counts = [len(root.findall(f"./devices/{tag}")) for root in (one, other)]
+        if counts[0] != counts[1]:
+            found.append(f"{tag} devices {counts[0]} -> {counts[1]}")
+    return found
+
+
+def _macs(root: ET.Element) -> Sequence[str]:
+    return [e.get("address", "") for e in root.findall("./devices/interface/mac")]

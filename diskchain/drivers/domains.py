@@ -1,0 +1,112 @@
+"""The libvirt domains of this host: which there are, and what they name. The library is imported when it is needed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from diskchain.drivers import domain_xml
+from diskchain.drivers.domain_xml import DomainDisk
+from diskchain.errors import DiskchainError, NotFound, Refused, Unreachable
+
+SYSTEM = "qemu:///system"
+_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain as libvirt knows it. `xmls`: its live and persistent definition, and that of a managed save."""
+
+    name: str
+    uuid: str
+    persistent: bool
+    active: bool
+    managed_save: bool
+    snapshots: int  # that libvirt has metadata of
+    xmls: tuple[str, ...]
+    disks: tuple[DomainDisk, ...] = ()  # of the first of them (live, where it runs), pool volumes resolved
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Every file that any of its definitions names as a disk's source."""
+        all_disks = [*self.disks, *(disk for xml in self.xmls for disk in domain_xml.disks(xml))]
+        return tuple(dict.fromkeys(disk.path for disk in all_disks if disk.path is not None))
+
+
+def choose_uri(asked: str | None, env: Mapping[str, str] = os.environ) -> str | None:
+    """Given what -c said, return the URI to use; None when there is no libvirt to ask.
+
+    Asked for by name (-c, LIBVIRT_DEFAULT_URI) it is used, whether it answers or not; else qemu:///system where its
+    daemon's socket is. `none` switches it off. Raise Refused for a remote host: the images are not here.
+    """
+    uri = asked or env.get("LIBVIRT_DEFAULT_URI")
+    if uri == "none":
+        return None
+    if not uri:
+        there = any(Path(socket).exists() for socket in _SOCKETS)
+        return SYSTEM if there and importlib.util.find_spec("libvirt") else None
+    parts = urlsplit(uri)
+    driver, _, transport = parts.scheme.partition("+")
+    if parts.hostname or transport not in ("", "unix"):
+        raise Refused(f"{uri} is another host: its images are not here", hint="run diskchain on that host")
+    if driver != "qemu":
+        raise Refused(f"{uri} is no QEMU: diskchain handles qemu:///system and qemu:///session",
+                      hint="-c qemu:///system")  # fmt: skip
+    return uri
+
+
+class Domains:
+    """The domains of one URI; without a URI there are none."""
+
+    def __init__(self, uri: str | None) -> None:
+        self.uri = uri
+        self._connection: Any = None
+
+    @staticmethod
+    def _library() -> Any:
+        try:
+            return importlib.import_module("diskchain.drivers.libvirt")
+        except ImportError as error:
+            raise Unreachable(f"libvirt's Python module can't be loaded: {error}",
+                              hint="apt install python3-libvirt") from error  # fmt: skip
+
+    def _connected(self) -> Any:
+        library = self._library()
+        if self._connection is None or not library.is_alive(self._connection):
+            self._connection = library.connect_now(self.uri)
+        return self._connection
+
+    def all(self) -> list[Domain]:
+        """Return every domain, running or not, sorted by name. Raise Unreachable, Refused."""
+        if self.uri is None:
+            return []
+        found: list[Domain] = self._library().list_domains(self._connected())
+        return sorted(found, key=lambda domain: domain.name)
+
+    def quietly(self) -> Iterator[Domain]:
+        """Yield the domains; none when libvirt can't be asked."""
+        try:
+            yield from self.all()
+        except DiskchainError:
+            return
+
+    def names(self) -> list[str]:
+        """Return the names of all domains. Raise Unreachable, Refused."""
+        return [domain.name for domain in self.all()]
+
+    def get(self, name: str) -> Domain:
+        """Return a domain by its name or uuid. Raise NotFound, Unreachable."""
+        for domain in self.all():
+            if name in (domain.name, domain.uuid):
+                return domain
+        raise NotFound(f"libvirt has no domain {name!r}", hint="virsh list --all")
+
+    def driver(self, domain: Domain, log: Path) -> Any:
+        """Return the driver of a domain. It shares our connection; its watchdogs write to `log`."""
+        return self._library().open_driver(self._connected(), domain.uuid, self.uri, log)

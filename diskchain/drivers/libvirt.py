@@ -1,0 +1,413 @@
+"""A libvirt domain. libvirt does all it can do; only the memory stream, which it has no API for, goes by the monitor.
+
+What was measured (docs/facts.md): disks are switched by `snapshotCreateXML` onto overlays that we made and verified
+(REUSE_EXT does not look into them), memory is saved through monitor passthrough into a file descriptor (`exec:` kills the
+VM), libvirt follows STOP and RESUME and survives its own restart meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import libvirt_qemu
+
+from diskchain.chain.model import Image
+from diskchain.drivers import domain_xml, migration
+from diskchain.drivers.domain_xml import DomainDisk
+from diskchain.drivers.libvirt_agent import DomainAgent, WatchedDomain
+from diskchain.drivers.libvirt_api import called, connect_now, is_alive, translated
+from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, list_domains, resolved
+from diskchain.drivers.pause_guard import WatchdogGuard
+from diskchain.drivers.protocol import Chains, Definition, Driver, PauseGuard, SaveProgress, Serial, StateFile, VMState
+from diskchain.drivers.suitable import Unsuitable, suitable
+from diskchain.errors import DiskchainError, DriverFailed, NotFound, Refused, Unreachable
+from diskchain.host import hugepages, rescue
+from diskchain.host.process import ProcessId, boot_id, find_process
+
+__all__ = ["LibvirtDriver", "WatchedDomain", "connect_now", "is_alive", "list_domains", "open_driver"]
+
+_STATES = {
+    libvirt.VIR_DOMAIN_RUNNING: VMState.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: VMState.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: VMState.PAUSED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: VMState.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTDOWN: VMState.RUNNING,  # it is about to end; until then its process has the disks
+    libvirt.VIR_DOMAIN_SHUTOFF: VMState.STOPPED,
+    libvirt.VIR_DOMAIN_CRASHED: VMState.CRASHED,
+}
+
+
+def open_driver(connection: Any, uuid: str, uri: str, log: Path) -> Driver:
+    """Return the driver of a domain; its watchdogs write to `log`. Raise NotFound, Unreachable."""
+    try:
+        return LibvirtDriver(connection, connection.lookupByUUIDString(uuid), uri, log)
+    except libvirt.libvirtError as error:
+        raise translated(error, f"look for {uuid}") from error
+
+
+class Passthrough:
+    """A domain's QEMU monitor as libvirt passes it through: what drivers/migration.py needs of a monitor."""
+
+    def __init__(self, domain: Any) -> None:
+        self._domain = domain
+        self._fds: list[int] = []
+
+    def send_fd(self, fd: int) -> None:
+        """Pass a descriptor with the next command."""
+        self._fds.append(fd)
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command. QEMU's errors come back as ordinary text."""
+        named = {key.replace("_", "-"): value for key, value in arguments.items()}
+        text = json.dumps({"execute": command, **({"arguments": named} if named else {})})
+        fds, self._fds = self._fds, []
+        if fds:
+            said = await called(command, libvirt_qemu.qemuMonitorCommandWithFiles, self._domain, text, fds, 0)
+            said = said[0] if isinstance(said, tuple) else said
+        else:
+            said = await called(command, libvirt_qemu.qemuMonitorCommand, self._domain, text, 0)
+        answer = json.loads(said)
+        if "error" in answer:
+            raise DriverFailed(f"QEMU refused {command}: {answer['error'].get('desc', answer['error'])}")
+        return answer.get("return")
+
+
+class LibvirtDriver(DomainAgent):
+    """One domain, by its uuid: a domain that was renamed is still the same."""
+
+    kind = "libvirt"
+
+    def __init__(self, connection: Any, domain: Any, uri: str, log: Path) -> None:
+        self._connection = connection
+        self._log = log
+        self._domain = domain
+        self.uri = uri
+        self.name = str(domain.name())
+        self.uuid = str(domain.UUIDString())
+        self._monitor = Passthrough(domain)
+
+    async def close(self) -> None:
+        """The connection is shared, and ends with us."""
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    async def _xml(self, flags: int) -> str:
+        return str(await called("read the definition", self._domain.XMLDesc, flags))
+
+    def _xml_now(self, flags: int) -> str:
+        try:
+            return str(self._domain.XMLDesc(flags))
+        except libvirt.libvirtError as error:
+            raise translated(error, "read the definition") from error
+
+    async def state(self) -> VMState:
+        """Ask libvirt. A transient domain that ended is gone."""
+        state, reason = await called("ask for the state", self._domain.state)
+        if state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR:
+            return VMState.CRITICAL
+        if state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_CRASHED:
+            return VMState.CRASHED
+        return _STATES.get(state, VMState.PAUSED)
+
+    async def active_files(self) -> dict[str, Path]:
+        """The sources of the live XML."""
+        found = resolved(self._connection, await self._xml(SECURE))
+        return _files(found)
+
+    async def next_files(self) -> dict[str, Path]:
+        """The sources of the persistent XML; of the live one where there is no other."""
+        flags = INACTIVE if self._domain.isPersistent() else SECURE
+        return _files(resolved(self._connection, await self._xml(flags)))
+
+    async def unsuitable(self) -> list[Unsuitable]:
+        """Network disks, block devices, shared ones, other formats."""
+        return suitable(resolved(self._connection, await self._xml(SECURE)))[1]
+
+    async def refuse(self, operation: str) -> None:
+        """A managed save holds memory that fits only the disks as they are; a job of libvirt's moves their data."""
+        if await called("ask for a managed save", self._domain.hasManagedSaveImage, 0):
+            raise Refused(f"{self.name} has a managed save: its memory fits the disks only as they are now",
+                          hint=f"virsh start {self.name}, or drop it: virsh managedsave-remove {self.name}")  # fmt: skip
+        if operation == "create" and domain_xml.has_tpm(await self._xml(SECURE)):
+            raise Refused(f"{self.name} has a TPM, whose state diskchain can't put into a snapshot of a domain yet",
+                          hint="take the TPM out, or use virsh snapshot-create-as with the VM off")  # fmt: skip
+        if (await self.state()).is_off:
+            return
+        if (await called("ask for jobs", self._domain.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE:
+            raise Refused(f"libvirt is at work on {self.name}", hint=f"virsh domjobinfo {self.name}; wait for its end")
+        for target in await self.active_files():
+            if await called("ask for block jobs", self._domain.blockJobInfo, target, 0):
+                raise Refused(f"a block job is at work on {target} of {self.name}",
+                              hint=f"virsh blockjob {self.name} {target}; wait for its end")  # fmt: skip
+
+    async def failed_disks(self) -> dict[str, str]:
+        """libvirt's record of I/O errors."""
+        errors = await called("ask for I/O errors", self._domain.diskErrors)
+        words = {libvirt.VIR_DOMAIN_DISK_ERROR_NO_SPACE: "nospace"}
+        return {str(target): words.get(code, "failed") for target, code in errors.items() if code}
+
+    def memory_bytes(self) -> int:
+        """The most that the guest can have."""
+        return domain_xml.memory_bytes(self._xml_now(SECURE))
+
+    def definition(self) -> Definition:
+        """The persistent definition (a transient domain has only its live one)."""
+        return _definition(persistent=self._xml_now(INACTIVE if self._domain.isPersistent() else MIGRATABLE))
+
+    async def live_definition(self) -> Definition:
+        """What runs, as a restore needs it, and the persistent definition."""
+        if (await self.state()).is_off:
+            return self.definition()
+        persistent = self.definition()
+        return _definition(persistent=_persistent(persistent), live=await self._xml(MIGRATABLE))
+
+    def differences(self, old: Definition, new: Definition) -> list[str]:
+        """Compare two domains in words."""
+        return domain_xml.differences(_persistent(old), _persistent(new))
+
+    def renewed(self, definition: Definition) -> Definition:
+        """libvirt itself makes a new generation id at a restore of a domain that has `<genid/>`."""
+        return definition
+
+    def disks(self, definition: Definition) -> list[str]:
+        """The targets of the disks that can be written."""
+        return list(suitable(resolved(self._connection, _persistent(definition)))[0])
+
+    def missing_files(self, definition: Definition) -> list[str]:
+        """Kernel, initrd, loader."""
+        root = domain_xml.parse(_persistent(definition))
+        places = [(word, root.findtext(f"./os/{word}")) for word in ("kernel", "initrd", "loader")]
+        return [f"{word} {place} does not exist" for word, place in places if place and not Path(place).is_file()]
+
+    # -- besides disks and memory ------------------------------------------------------------------------------------
+
+    def state_files(self, definition: Definition) -> list[StateFile]:
+        """The UEFI variables. A TPM's state is libvirt's own and only root's; it travels in saved memory."""
+        nvram = domain_xml.nvram(_persistent(definition))
+        return [StateFile("nvram", nvram, saved_late=True)] if nvram and nvram.exists() else []
+
+    async def make_state_file(self, state: StateFile) -> None:
+        """libvirt makes it from its template at the first start."""
+
+    def unusable(self, definition: Definition, name: str, sizes: Mapping[str, int]) -> str | None:
+        """libvirt and QEMU say it at the start; an empty file is none."""
+        return None if all(sizes.values()) else "it is empty"
+
+    def check_helpers(self) -> None:
+        """libvirt watches its helpers itself."""
+
+    def memory_loads_with(self, definition: Definition) -> list[str]:
+        """The stream carries firmware and devices; the machine type: `unsupported`."""
+        return []
+
+    async def unsupported(self, definition: Definition) -> list[str]:
+        """Ask libvirt whether its QEMU has the machine type."""
+        wanted, kinds = domain_xml.machine_type(_persistent(definition)), self._machine_types()
+        if not wanted or not kinds or wanted in kinds:
+            return []
+        return [f"libvirt's QEMU here has no machine type {wanted}"]
+
+    def _machine_types(self) -> set[str]:
+        try:
+            return domain_xml.machine_types(str(self._connection.getCapabilities()))
+        except libvirt.libvirtError as error:
+            raise translated(error, "ask for the machine types") from error
+
+    async def open_serial(self) -> Serial:
+        """virsh has a console of its own."""
+        raise Refused(f"{self.name} is a libvirt domain", hint=f"virsh console {self.name}")
+
+    # -- power -----------------------------------------------------------------------------------------------------
+
+    async def start(self, chains: Chains, *, paused: bool = False) -> None:
+        """Start the domain as it is defined: with these chains, or its definition would have been refused before."""
+        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+        await called("start the domain", self._domain.createWithFlags, flags)
+
+    async def start_from_memory(self, definition: Definition, chains: Chains, memory: int) -> None:
+        """Restore from the file behind the descriptor, with the XML of then and the disks of now, paused."""
+        path = os.readlink(f"/proc/self/fd/{memory}")  # noqa: PTH115 - libvirtd opens it itself
+        xml = domain_xml.with_sources(_live(definition), _tops(chains))
+        flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
+        await called("load the memory", self._connection.restoreFlags, path, xml, flags)
+        state = await self.state()
+        if state is not VMState.PAUSED:
+            await self.kill()
+            raise DriverFailed(f"after loading the memory the VM is {state.value}, not paused")
+
+    async def power_off(self, timeout: float) -> bool:
+        """Press the power button, again every 10 seconds; wait until libvirt says that it is off."""
+        end, pressed = time.monotonic() + timeout, 0.0
+        while (left := end - time.monotonic()) > 0:
+            if (await self._state_or_gone()).is_off:
+                return True
+            if time.monotonic() - pressed > 10:
+                with contextlib.suppress(DriverFailed, Unreachable):
+                    await called("press the power button", self._domain.shutdown)
+                pressed = time.monotonic()
+            await asyncio.sleep(min(0.1, left))
+        return (await self._state_or_gone()).is_off
+
+    async def _state_or_gone(self) -> VMState:
+        try:
+            return await self.state()
+        except NotFound:
+            return VMState.STOPPED
+
+    async def quit(self) -> None:
+        """Stop the CPUs, then end QEMU with SIGTERM: it writes its caches into the images."""
+        if (await self._state_or_gone()).is_off:
+            return
+        with contextlib.suppress(DriverFailed):
+            await called("pause the domain", self._domain.suspend)
+        await self._destroy(libvirt.VIR_DOMAIN_DESTROY_GRACEFUL)
+
+    async def kill(self) -> None:
+        """End QEMU, by SIGKILL if it does not end otherwise."""
+        if not (await self._state_or_gone()).is_off:
+            await self._destroy(0)
+
+    async def _destroy(self, flags: int) -> None:
+        process = self.process()
+        try:
+            await called("end the domain", self._domain.destroyFlags, flags)
+        except DiskchainError:
+            if not (await self._state_or_gone()).is_off:
+                raise
+        if process and not await process.gone(60):
+            raise Unreachable(f"QEMU (pid {process.pid}) does not end; it waits for its storage")
+
+    async def pause(self) -> None:
+        """Suspend."""
+        await called("pause the domain", self._domain.suspend)
+
+    async def resume(self) -> None:
+        """Resume, unless it runs: looked up in QEMU, which after a background save may know better than libvirt."""
+        if (await self._monitor.execute("query-status"))["status"] == "running":
+            return
+        if await self.state() is VMState.RUNNING:  # libvirt missed nothing yet: QEMU stood still behind its back
+            await self._monitor.execute("cont")
+            return
+        await called("resume the domain", self._domain.resume)
+
+    # -- configuration ---------------------------------------------------------------------------------------------
+
+    async def define(self, definition: Definition, chains: Chains) -> None:
+        """defineXML with these chains as disks. A transient domain has no next start."""
+        if not self._domain.isPersistent():
+            return
+        xml = domain_xml.with_sources(_persistent(definition), _tops(chains))
+        await called("define the domain", self._connection.defineXML, xml)
+
+    async def align(self, chains: Chains) -> None:
+        """Define the domain again if its persistent definition names other layers."""
+        if not self._domain.isPersistent():
+            return
+        now = await self._xml(INACTIVE)
+        named = {d.target: (d.path, d.fmt) for d in domain_xml.disks(now)}
+        if any(named.get(target) != top for target, top in _tops(chains).items()):
+            await self.define(_definition(persistent=now), chains)
+
+    async def memory_label(self, disks: Mapping[str, Path]) -> str:
+        """The live XML: with it `virsh restore` starts the domain, on overlays that are made first (RECOVER.txt)."""
+        return domain_xml.with_sources(await self._xml(MIGRATABLE), {t: (p, "qcow2") for t, p in disks.items()})
+
+    # -- snapshot --------------------------------------------------------------------------------------------------
+
+    async def check_background_save(self) -> None:
+        """Set the capability, see whether QEMU takes it, and take it back."""
+        await migration.set_background(self._monitor, True)
+        await migration.set_background(self._monitor, False)
+
+    @contextlib.asynccontextmanager
+    async def _guard(self, limit: float | None) -> AsyncIterator[PauseGuard]:
+        self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        vm, words = WatchedDomain(self.uri, self.uuid), ["libvirt", self.uri, self.uuid]
+        guard = await WatchdogGuard.start(vm, words, self._log, limit)
+        try:
+            yield guard
+        finally:
+            await guard.stop()
+
+    def pause_guard(self, *, limit: float | None) -> contextlib.AbstractAsyncContextManager[PauseGuard]:
+        """A watchdog process connected to libvirt."""
+        return self._guard(limit)
+
+    async def prepare_disks(self, overlays: Mapping[str, Image]) -> None:
+        """libvirt opens them itself."""
+
+    async def forget_prepared(self, overlays: Mapping[str, Image]) -> None:
+        """Nothing was prepared."""
+
+    async def switch_disks(self, overlays: Mapping[str, Image]) -> None:
+        """One external snapshot of exactly these disks, onto files that exist, without metadata in libvirt."""
+        flags = (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+                 | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA)  # fmt: skip
+        xml = domain_xml.snapshot(await self._xml(SECURE), overlays)
+        await called("switch the disks", self._domain.snapshotCreateXML, xml, flags)
+
+    async def prepare_memory_save(self, memory: int, *, background: bool) -> None:
+        """Capability and descriptor, through the monitor."""
+        await migration.set_background(self._monitor, background)
+        await migration.pass_file(self._monitor, memory)
+
+    async def start_memory_save(self, *, background: bool) -> None:
+        """Begin the migration into the file that was passed before."""
+        await migration.begin(self._monitor, background=background)
+
+    async def save_progress(self) -> SaveProgress:
+        """query-migrate."""
+        return await migration.progress(self._monitor)
+
+    async def end_memory_save(self) -> None:
+        """Take the capability back."""
+        with contextlib.suppress(DiskchainError):
+            await migration.set_background(self._monitor, False)
+
+    def process(self) -> ProcessId | None:
+        """The domain's QEMU, by the uuid on its command line."""
+        return find_process("-uuid", self.uuid)
+
+    async def rescue(self) -> bool:
+        """Lift the write protection that QEMU < 10 leaks when a background save fails."""
+        process = self.process()
+        return bool(process and await asyncio.to_thread(rescue.release, process.pid))
+
+    async def restore_huge_pages(self, limit: float) -> str:
+        """process_madvise on the domain's QEMU."""
+        process = self.process()
+        return await hugepages.collapse_in_thread(process, limit) if process else ""
+
+    def save_owner(self) -> str:
+        """pid, start time and boot of this QEMU."""
+        process = self.process()
+        return f"{process.pid}:{process.start}:{boot_id()}" if process else ""
+
+
+def _files(disks: Sequence[DomainDisk]) -> dict[str, Path]:
+    return {target: disk.path for target, disk in suitable(disks)[0].items() if disk.path is not None}
+
+
+def _tops(chains: Chains) -> dict[str, tuple[Path, str]]:
+    return {target: (chain[0].path, chain[0].fmt) for target, chain in chains.items()}
+
+
+def _definition(*, persistent: str, live: str | None = None) -> Definition:
+    return Definition("libvirt", json.dumps({"persistent": persistent, "live": live}))
+
+
+def _persistent(definition: Definition) -> str:
+    return str(json.loads(definition.text)["persistent"])
+
+
+def _live(definition: Definition) -> str:
+    text = json.loads(definition.text)
+    return str(text["live"] or text["persistent"])

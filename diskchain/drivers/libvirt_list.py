@@ -1,0 +1,61 @@
+"""Every domain of a connection, as values: what it is called, what it names, what libvirt holds of it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from diskchain.drivers import domain_xml
+from diskchain.drivers.domain_xml import DomainDisk
+from diskchain.drivers.domains import Domain
+from diskchain.drivers.libvirt_api import translated
+
+SECURE = libvirt.VIR_DOMAIN_XML_SECURE
+INACTIVE = SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE
+MIGRATABLE = SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
+
+
+def list_domains(connection: Any) -> list[Domain]:
+    """Return every domain of a connection. One that vanishes meanwhile is left out. Raise Unreachable."""
+    try:
+        found = connection.listAllDomains()
+    except libvirt.libvirtError as error:
+        raise translated(error, "list the domains") from error
+    listed = []
+    for domain in found:
+        with contextlib.suppress(libvirt.libvirtError):
+            listed.append(_listed(connection, domain))
+    return listed
+
+
+def _listed(connection: Any, domain: Any) -> Domain:
+    active, persistent = bool(domain.isActive()), bool(domain.isPersistent())
+    saved = bool(domain.hasManagedSaveImage(0))
+    xmls = [domain.XMLDesc(SECURE)]
+    if active and persistent:
+        xmls.append(domain.XMLDesc(INACTIVE))
+    if saved:
+        with contextlib.suppress(libvirt.libvirtError):
+            xmls.append(domain.managedSaveGetXMLDesc(0))
+    return Domain(str(domain.name()), str(domain.UUIDString()), persistent, active, saved,
+                  int(domain.snapshotNum(0)), tuple(map(str, xmls)), resolved(connection, str(xmls[0])))  # fmt: skip
+
+
+def resolved(connection: Any, xml: str) -> tuple[DomainDisk, ...]:
+    """The disks of a definition; a pool's volume with its path and kind, where the pool can tell."""
+    return tuple(_with_volume_path(connection, disk) for disk in domain_xml.disks(xml))
+
+
+def _with_volume_path(connection: Any, disk: DomainDisk) -> DomainDisk:
+    if disk.type != "volume" or disk.path is not None:
+        return disk
+    kinds = {libvirt.VIR_STORAGE_VOL_FILE: "file", libvirt.VIR_STORAGE_VOL_BLOCK: "block"}
+    try:
+        volume = connection.storagePoolLookupByName(disk.pool).storageVolLookupByName(disk.volume)
+        return replace(disk, type=kinds.get(volume.info()[0], "network"), path=Path(volume.path()))
+    except libvirt.libvirtError:
+        return disk

@@ -1,0 +1,128 @@
+"""The main job on libvirt domains: what virsh sees, what the catalog says and what the files hold agree after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support.console import Console
+from tests.support.domain import DomainRig
+from tests.support.refusals import refused
+from tests.support.rig import MiB
+
+KiB = 1024
+Make = Callable[..., DomainRig]
+
+
+def test_stopped_domain_create_revert_undo_delete(domain: Make) -> None:
+    """qcow2 and raw: every state keeps its bytes, libvirt's definition names the active layers."""
+    rig = domain(guest=False, size=8 * MiB, raw=("vdb",))
+    assert "no snapshots" in rig.ok("list", "vm").out or rig.ok("list", "vm", "--json").json["snapshots"] == []
+    assert not list(rig.dir.glob(".diskchain")), "a look writes nothing"
+    rig.ok("create", "vm", "s0")
+    rig.expected["s0"] = {t: rig.digest(p) for t, p in rig.snapshots()["s0"].items()}
+    rig.write(1, 0, MiB)
+    rig.remember("s1")
+    rig.ok("create", "vm", "s1")
+    rig.write(2, 512 * KiB, MiB)
+    rig.remember("now")
+    assert rig.verdict(present="now") == []
+    rig.expected["before-revert-1"] = rig.expected["now"]
+    rig.ok("revert", "vm", "s0", "-y")
+    assert rig.verdict(present="s0") == []
+    rig.expected["before-revert-2"] = rig.expected["s0"]
+    rig.ok("undo", "vm", "-y")
+    assert rig.verdict(present="now") == []
+    for name in ("before-revert-2", "s1", "before-revert-1", "s0"):
+        rig.ok("delete", "vm", name, "-y")
+        assert rig.verdict(present="now") == [], name
+    assert sorted(p.name for p in rig.active().values()) == ["vda.qcow2", "vdb.raw"]
+
+
+def test_running_domain_memory_revert_undo_and_delete(domain: Make) -> None:
+    """Memory and two disks are one instant; virsh sees a running domain all the time; the merge is done with it off."""
+    rig = domain()
+    rig.virsh("start", "vm")
+    with Console(rig.console()) as console:
+        console.wait(r"^C 30 bad=")
+        made = rig.ok("create", "vm", "one", "--json").json
+        assert made["snapshot"]["state"] == "memory" and rig.agreement() == []
+        frozen_at = console.counter() or 0
+        console.wait(rf"^C {frozen_at + 50} bad=0")
+        assert rig.virsh("domstate", "vm") == "running"
+        rig.ok("pause", "vm")  # what it says from now on, it says after the revert
+        assert rig.virsh("domstate", "vm") == "paused"
+        mark = console.mark()
+        rig.ok("revert", "vm", "one", "-y")
+        first = int(console.wait(r"^C (\d+) bad=0", after=mark)[1])
+        assert first <= frozen_at + 1 and rig.agreement() == []
+        console.wait(rf"^C {first + 50} bad=0")
+        assert console.bad() == [] and rig.virsh("domstate", "vm") == "running"
+        assert not [line for _, line in console.lines(mark) if line.startswith("C START")]
+        rig.ok("undo", "vm", "-y")
+        console.wait(r"^C START \d+$", after=console.mark() - 5)
+        assert rig.agreement() == []
+        rig.ok("stop", "vm")
+        assert rig.virsh("domstate", "vm") == "shut off"
+        rig.ok("delete", "vm", "before-revert-2", "before-revert-1", "one", "-y")
+        assert rig.agreement() == [] and rig.file_verdict() == []
+        mark = console.mark()
+        rig.virsh("start", "vm")
+        console.wait(r"^C START \d+$", after=mark)
+    assert rig.ok("list", "vm", "--json").json["state"] == "running"
+
+
+def test_reading_writes_nothing_and_names_what_is_odd(domain: Make) -> None:
+    """status, check and list on a domain that we never saw, with a chain of virsh's own and a managed save."""
+    rig = domain(size=8 * MiB, targets=("vda",))
+    rig.virsh("start", "vm")
+    rig.virsh("snapshot-create-as", "vm", "theirs", "--disk-only", "--atomic")
+    before = sorted(p.name for p in rig.dir.iterdir())
+    codes = {f["code"] for f in rig.run("check", "vm", "--json").json["findings"]}
+    assert {"not-adopted", "libvirt-snapshots"} <= codes
+    (vm,) = rig.run("status", "vm", "--json").json["vms"]
+    assert (vm["name"], vm["driver"], vm["state"], vm["depth"]) == ("vm", "libvirt", "running", 2)
+    assert rig.ok("list", "vm", "--json").json["snapshots"] == []
+    rig.virsh("managedsave", "vm")
+    assert "managed-save" in {f["code"] for f in rig.run("check", "vm", "--json").json["findings"]}
+    refused(rig, "create", "vm", "s", code=6, says="managed save")
+    assert sorted(p.name for p in rig.dir.iterdir()) == before
+    rig.virsh("start", "vm")
+    rig.ok("adopt", "vm")
+    assert rig.agreement() == []
+
+
+def test_layers_put_on_top_by_virsh_are_noticed_and_adopted(domain: Make) -> None:
+    """The next create says so and changes nothing; adopt takes the new layer up; the snapshots before it stay whole."""
+    rig = domain(guest=False, size=8 * MiB)
+    rig.ok("create", "vm", "s1")
+    rig.expected["s1"] = {t: rig.digest(p) for t, p in rig.snapshots()["s1"].items()}
+    rig.write(2, MiB, MiB)
+    rig.virsh("start", "vm", "--paused")
+    specs = [w for t in rig.targets for w in ("--diskspec", f"{t},file={rig.dir}/{t}.theirs.qcow2")]
+    rig.virsh("snapshot-create-as", "vm", "theirs", "--disk-only", "--atomic", "--no-metadata", *specs)
+    rig.virsh("destroy", "vm")
+    refused(rig, "create", "vm", "s2", code=8, says="diskchain adopt vm")
+    refused(rig, "start", "vm", code=8)
+    assert "active-differs" in {f["code"] for f in rig.run("check", "vm", "--json").json["findings"]}
+    rig.ok("adopt", "vm")
+    assert rig.agreement() == []
+    rig.remember("now")
+    assert rig.verdict(present="now") == []
+    rig.ok("delete", "vm", "s1", "-y")
+    assert rig.verdict(present="now") == []
+
+
+def test_forget_lets_go_and_leaves_a_recover_text(domain: Make) -> None:
+    """No image is touched; the domain still starts; create adopts it anew."""
+    rig = domain(guest=False, size=8 * MiB)
+    rig.ok("create", "vm", "s1")
+    active = rig.active()
+    contents = {p: rig.digest(p) for p in active.values()}
+    answer = rig.ok("forget", "vm", "-y", "--json").json
+    assert "s1" in Path(answer["recover"]).read_text() and not list(rig.dir.glob(".diskchain/*"))
+    assert {p: rig.digest(p) for p in active.values()} == contents
+    rig.ok("start", "vm", "--paused")
+    rig.ok("stop", "vm", "--force", "-y")
+    rig.ok("create", "vm", "again")
+    assert rig.agreement() == []

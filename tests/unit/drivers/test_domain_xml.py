@@ -1,0 +1,132 @@
+"""libvirt's domain XML: what is read out of it, what is changed, and that all the rest passes through untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diskchain.chain.model import Image
+from diskchain.drivers import domain_xml
+from diskchain.drivers.domains import Domain, choose_uri
+from diskchain.drivers.suitable import suitable
+from diskchain.errors import DriverFailed, Refused
+
+XML = """<domain type='kvm' id='3'>
+  <name>web1</name>
+  <uuid>5a3f8f6e-0000-4000-8000-000000000001</uuid>
+  <!-- kept -->
+  <memory unit='KiB'>2097152</memory>
+  <currentMemory unit='KiB'>1048576</currentMemory>
+  <vcpu placement='static'>2</vcpu>
+  <os>
+    <type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
+    <loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>
+    <nvram>/var/lib/libvirt/qemu/nvram/web1_VARS.fd</nvram>
+  </os>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' discard='unmap'/>
+      <source file='/vm/a.s1.qcow2' index='3'/>
+      <backingStore type='file' index='2'>
+        <format type='qcow2'/>
+        <source file='/vm/a.qcow2'/>
+        <backingStore/>
+      </backingStore>
+      <target dev='vda' bus='virtio'/>
+      <alias name='virtio-disk0'/>
+    </disk>
+    <disk type='file' device='disk'><source file='/vm/b.img'/><target dev='vdb' bus='virtio'/></disk>
+    <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>
+    <disk type='block' device='disk'><source dev='/dev/vg/lv'/><target dev='vdc'/></disk>
+    <disk type='network' device='disk'><source protocol='rbd' name='pool/x'/><target dev='vdd'/></disk>
+    <disk type='volume' device='disk'><source pool='p' volume='v'/><target dev='vde'/></disk>
+    <disk type='file' device='disk'><source file='/vm/s.img'/><target dev='vdf'/><shareable/></disk>
+    <disk type='file' device='disk'><driver type='vmdk'/><source file='/vm/v.vmdk'/><target dev='vdg'/></disk>
+    <interface type='network'><mac address='52:54:00:00:00:01'/></interface>
+    <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>
+    <hostdev mode='subsystem' type='pci'/>
+  </devices>
+</domain>
+"""
+
+
+def test_facts_are_read_out() -> None:
+    """What a snapshot must know."""
+    assert domain_xml.name(XML) == "web1" and domain_xml.memory_bytes(XML) == 2 << 30
+    assert domain_xml.nvram(XML) == Path("/var/lib/libvirt/qemu/nvram/web1_VARS.fd") and domain_xml.has_tpm(XML)
+    assert domain_xml.passthrough(XML) == ["hostdev pci"] and domain_xml.machine_type(XML) == "pc-q35-7.2"
+
+
+def test_disks_are_classified() -> None:
+    """Taken: qcow2 and raw files; refused with the native way: everything else that is written; the rest needs nothing."""
+    taken, refused = suitable(domain_xml.disks(XML))
+    assert {t: (str(d.path), d.fmt) for t, d in taken.items()} == {
+        "vda": ("/vm/a.s1.qcow2", "qcow2"), "vdb": ("/vm/b.img", ""),
+    }  # fmt: skip
+    assert [u.target for u in refused] == ["vdc", "vdd", "vde", "vdf", "vdg"]
+    assert "lvcreate -s" in refused[0].instead and "rbd snap create" in refused[1].instead
+
+
+def test_sources_are_replaced_and_nothing_else() -> None:
+    """The old chain and index go; format, comments, layout and every other disk stay."""
+    changed = domain_xml.with_sources(
+        XML, {"vda": (Path("/vm/a.x.qcow2"), "qcow2"), "vdb": (Path("/vm/b.x.qcow2"), "qcow2")}
+    )
+    assert "<!-- kept -->" in changed and "backingStore" not in changed and 'index="3"' not in changed
+    disks = {d.target: d for d in domain_xml.disks(changed)}
+    assert (disks["vda"].path, disks["vdb"].path, disks["vdb"].fmt) == (
+        Path("/vm/a.x.qcow2"),
+        Path("/vm/b.x.qcow2"),
+        "qcow2",
+    )
+    assert disks["vdc"] == domain_xml.disks(XML)[3]
+    assert "\n  <name>web1</name>\n" in changed  # Pacemaker's agent greps for it at the end of a line
+
+
+def test_snapshot_names_every_disk() -> None:
+    """Those not asked for are switched off by name: libvirt's default would take them along."""
+    overlay = Image("i", Path("/vm/a.i.qcow2"), "qcow2", "vda", 1, "b")
+    made = domain_xml.snapshot(XML, {"vda": overlay})
+    assert made.count('snapshot="no"') == 8 and made.count('snapshot="external"') == 1 and "/vm/a.i.qcow2" in made
+
+
+def test_differences_are_words() -> None:
+    """Where disks lie is no difference; memory, devices and disks that come and go are."""
+    other = (
+        XML.replace("2097152", "4194304")
+        .replace("dev='vdb'", "dev='vdz'")
+        .replace("52:54:00:00:00:01", "52:54:00:00:00:02")
+    )
+    other = other.replace("/vm/a.s1.qcow2", "/vm/elsewhere.qcow2").replace(
+        "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>", ""
+    )
+    assert domain_xml.differences(XML, XML) == []
+    assert domain_xml.differences(XML, other) == [
+        "memory 2048 MiB -> 4096 MiB", "vdb detached, its file kept", "vdz attached", "network devices differ",
+        "tpm devices 1 -> 0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "no xml", "<domain>", "<pool/>"])
+def test_what_is_no_domain_is_an_error(text: str) -> None:
+    """Never a traceback."""
+    with pytest.raises(DriverFailed):
+        domain_xml.disks(text)
+
+
+def test_images_of_a_domain_are_those_of_all_its_definitions() -> None:
+    """A managed save or the persistent definition may name another layer than the live one."""
+    saved = XML.replace("/vm/a.s1.qcow2", "/vm/a.qcow2")
+    domain = Domain("web1", "u", True, True, True, 0, (XML, saved), domain_xml.disks(XML))
+    assert {Path("/vm/a.s1.qcow2"), Path("/vm/a.qcow2"), Path("/vm/b.img")} <= set(domain.images)
+
+
+def test_uri_is_chosen_by_name_then_environment_and_remote_ones_are_refused() -> None:
+    """The images of another host are not here."""
+    assert choose_uri("qemu:///session", {"LIBVIRT_DEFAULT_URI": "x"}) == "qemu:///session"
+    assert choose_uri(None, {"LIBVIRT_DEFAULT_URI": "qemu+unix:///system?socket=/x"}) == "qemu+unix:///system?socket=/x"
+    assert choose_uri("none", {}) is None and choose_uri(None, {"LIBVIRT_DEFAULT_URI": "none"}) is None
+    for uri in ("qemu+ssh://host/system", "qemu://host/system", "qemu+tcp:///system", "xen:///", "test:///default"):
+        with pytest.raises(Refused):
+            choose_uri(uri, {})
