@@ -36,6 +36,16 @@ need_apt() {
     install_packages "$@" || die "apt-get could not install: ${missing[*]}"
 }
 
+# need_libvirt: what a private libvirtd of the tests needs. No system daemon is installed or started; the user that it
+# looks up at its start comes with one.
+need_libvirt() {
+    need_apt libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
+    getent group libvirt-qemu >/dev/null || as_root groupadd --system libvirt-qemu
+    getent group kvm >/dev/null || as_root groupadd --system kvm
+    getent passwd libvirt-qemu >/dev/null || as_root useradd --system --no-create-home --home-dir /var/lib/libvirt \
+        --shell /usr/sbin/nologin --gid libvirt-qemu --groups kvm libvirt-qemu
+}
+
 install_packages() { apt_get install --yes --no-install-recommends "$@" >/dev/null; }
 
 # Print the Python for the virtual environment. Only Debian's own can use apt's python3-libvirt.
