@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.quiet import Quiet
 from tests.support.rig import process_state, wait_for
+from tests.support.sample import some
 
 CREATE = ("create", "vm")
 WORST = ["create.frozen#1", "create.still-frozen#1", "create.paused#1", "create.captured#1", "create.resumed#1"]
@@ -49,7 +50,8 @@ def test_create_quiesced_killed_at_every_step_the_guest_writes_on(
     points = quiet.rig.points(*CREATE, "first", "--quiesce", "--disk-only")
     begin, end = points.index("create.prepared.after#1"), points.index("create.switched.after#1")
     chosen, wrong = points[begin : end + 1], []
-    for index, point in enumerate(chosen):
+    tried = some(chosen, 7)
+    for index, point in enumerate(tried):
         mark = quiet.console.mark()
         if not quiet.rig.killed(*CREATE, f"k{index}", "--quiesce", "--disk-only", at=point):
             wrong.append(f"{point}: was not reached")
@@ -59,7 +61,7 @@ def test_create_quiesced_killed_at_every_step_the_guest_writes_on(
         if snapshot["quiesced"]:
             assert not quiet.needs_recovery(snapshot["name"])
     with capsys.disabled():
-        print(f" [{len(chosen)} points]", end="")
+        print(f" [{len(tried)} of {len(chosen)} points]", end="")
     assert not wrong, "\n".join(wrong)
     assert {"create.freezing#1", "create.frozen#1", "create.still-frozen#1", "create.thawed#1"} <= set(chosen)
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.support import states
 from tests.support.rig import MiB, Rig
+from tests.support.sample import some
 from tests.support.states import TPM, UEFI, States
 
 CASES = {
@@ -80,7 +81,8 @@ def test_kill_at_every_step_then_recover_leaves_disk_nvram_and_tpm_of_one_state(
     rig.restore_template(machine.template)
     points = [p for p in rig.points(*args) if name != "revert-discard" or "state" in p or "loaded" in p]
     assert machine.verdict(presents[-1:]) == []
-    for point in points:
+    tried = some(points, 6)
+    for point in tried:
         rig.restore_template(machine.template)
         if not rig.killed(*args, at=point):
             wrong.append(f"{point}: was not reached")
@@ -89,7 +91,7 @@ def test_kill_at_every_step_then_recover_leaves_disk_nvram_and_tpm_of_one_state(
         wrong += [] if answer.code == 0 else [f"{point}: recover ended with {answer.code}: {answer.err}"]
         wrong += [f"{point}: {w}" for w in machine.verdict(presents)]
     with capsys.disabled():
-        print(f" [{len(points)} points]", end="")
+        print(f" [{len(tried)} of {len(points)} points]", end="")
     assert not wrong, "\n".join(wrong)
     assert len(points) >= at_least
 
@@ -103,7 +105,7 @@ def test_kill_of_an_undo_then_recover_undoes(machine: Machine) -> None:
     again = rig.save_template("again")
     points = rig.points("recover", "vm", "--undo", "-y")
     assert machine.verdict(["now"]) == []
-    for point in points:
+    for point in some(points, 4):
         rig.restore_template(again)
         assert rig.killed("recover", "vm", "--undo", "-y", at=point)
         rig.ok("recover", "vm")
