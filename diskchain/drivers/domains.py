@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from diskchain.drivers import domain_xml
 from diskchain.drivers.domain_xml import DomainDisk
-from diskchain.errors import DiskchainError, NotFound, Refused, Unreachable
+from diskchain.errors import NotFound, Refused, Unreachable
 
 SYSTEM = "qemu:///system"
 _SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
@@ -89,23 +89,26 @@ class Domains:
         found: list[Domain] = self._library().list_domains(self._connected())
         return sorted(found, key=lambda domain: domain.name)
 
-    def quietly(self) -> Iterator[Domain]:
-        """Yield the domains; none when libvirt can't be asked."""
-        try:
-            yield from self.all()
-        except DiskchainError:
-            return
-
     def names(self) -> list[str]:
         """Return the names of all domains. Raise Unreachable, Refused."""
         return [domain.name for domain in self.all()]
 
+    def find(self, name: str) -> Domain | None:
+        """Return a domain by its name or uuid, or None: one question, however many domains there are.
+
+        Raise Unreachable, Refused.
+        """
+        if self.uri is None:
+            return None
+        found: Domain | None = self._library().find_domain(self._connected(), name)
+        return found
+
     def get(self, name: str) -> Domain:
         """Return a domain by its name or uuid. Raise NotFound, Unreachable."""
-        for domain in self.all():
-            if name in (domain.name, domain.uuid):
-                return domain
-        raise NotFound(f"libvirt has no domain {name!r}", hint="virsh list --all")
+        found = self.find(name)
+        if found is None:
+            raise NotFound(f"libvirt has no domain {name!r}", hint="virsh list --all")
+        return found
 
     def driver(self, domain: Domain, log: Path) -> Any:
         """Return the driver of a domain. It shares our connection; its watchdogs write to `log`."""

@@ -24,7 +24,7 @@ from diskchain.drivers import domain_xml, migration
 from diskchain.drivers.domain_xml import DomainDisk
 from diskchain.drivers.libvirt_agent import DomainAgent, WatchedDomain
 from diskchain.drivers.libvirt_api import called, connect_now, is_alive, translated
-from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, list_domains, resolved
+from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, find_domain, list_domains, resolved
 from diskchain.drivers.pause_guard import WatchdogGuard
 from diskchain.drivers.protocol import Chains, Definition, Driver, PauseGuard, SaveProgress, Serial, StateFile, VMState
 from diskchain.drivers.suitable import Unsuitable, suitable
@@ -32,7 +32,15 @@ from diskchain.errors import DiskchainError, DriverFailed, NotFound, Refused, Un
 from diskchain.host import hugepages, rescue
 from diskchain.host.process import ProcessId, boot_id, find_process
 
-__all__ = ["LibvirtDriver", "WatchedDomain", "connect_now", "is_alive", "list_domains", "open_driver"]
+__all__ = [
+    "LibvirtDriver",
+    "WatchedDomain",
+    "connect_now",
+    "find_domain",
+    "is_alive",
+    "list_domains",
+    "open_driver",
+]
 
 _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: VMState.RUNNING,

@@ -32,6 +32,17 @@ def list_domains(connection: Any) -> list[Domain]:
     return listed
 
 
+def find_domain(connection: Any, text: str) -> Domain | None:
+    """Return the domain of that name or uuid, or None. Raise Unreachable."""
+    for look in (connection.lookupByName, connection.lookupByUUIDString):
+        try:
+            return _listed(connection, look(text))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_INVALID_ARG):
+                raise translated(error, f"look for {text}") from error
+    return None
+
+
 def _listed(connection: Any, domain: Any) -> Domain:
     active, persistent = bool(domain.isActive()), bool(domain.isPersistent())
     saved = bool(domain.hasManagedSaveImage(0))

@@ -62,13 +62,20 @@ class Places:
         if kind == LIBVIRT and rest:
             return self._of_domain(self._domains.get(rest))
         ours = text in self._machines.names()
-        theirs = next((d for d in (self._domains.quietly() if ours else self._domains.all()) if d.name == text), None)
+        theirs = self._also_a_domain(text) if ours else self._domains.find(text)
         if ours and theirs:
             raise UsageError(f"{text!r} is a machine of diskchain's and a libvirt domain",
                              hint=f"{QEMU}:{text} or {LIBVIRT}:{text}")  # fmt: skip
         if theirs:
             return self._of_domain(theirs)
         return self._machine(text)
+
+    def _also_a_domain(self, name: str) -> Domain | None:
+        """Whether a machine's name is a domain's too; a libvirt that can't be asked does not keep us from our machines."""
+        try:
+            return self._domains.find(name)
+        except DiskchainError:
+            return None
 
     def _machine(self, name: str) -> Place:
         try:
