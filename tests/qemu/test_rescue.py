@@ -7,19 +7,23 @@ memory is being saved. The guest rewrites its memory before and after; the snaps
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.bare_qmp import Qmp
 from tests.support.console import Console
 from tests.support.refusals import SmallDisk
 from tests.support.rig import MiB, Rig, process_state, wait_for
 
 ROUND = r"^D round (\d+)"
+SAVES = int(os.environ.get("DISKCHAIN_RESCUES", "3"))  # how many failed saves the campaign makes
+SEED = os.environ.get("DISKCHAIN_SEED", "1")
 
 
 @pytest.fixture
@@ -132,3 +136,106 @@ def test_control_without_the_rescue_the_guest_hangs(small: tuple[Rig, SmallDisk]
         assert bool(write_protected(rig.pid() or 0)) == leaks
         assert rig.run("recover", "vm").code == 0
         works_on(console)
+
+
+class MemoryDisk:
+    """A filesystem of its own for the memory files: what happens to it does not happen to the guest's disks."""
+
+    def __init__(self, place: Path, rig: Rig) -> None:
+        self.disk = SmallDisk(place, 400 * MiB)
+        (home,) = rig.dir.glob(".diskchain/*")
+        self.at = home / "snapshots"
+        self.at.mkdir(exist_ok=True)
+        self._bind()
+
+    def _bind(self) -> None:
+        subprocess.run(["mount", "--bind", self.disk.path, self.at], check=True)
+
+    def again(self) -> None:
+        """As after a repair: a new file system in its place."""
+        self.close(keep=True)
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", self.disk.file], check=True)
+        self.disk.mount()
+        self._bind()
+
+    def close(self, *, keep: bool = False) -> None:
+        """Unmount it."""
+        subprocess.run(["umount", "--lazy", self.at], check=True)
+        self.disk.close(keep=keep)
+
+
+def make_full(memory: MemoryDisk, rig: Rig, chance: random.Random) -> str:
+    """The filesystem fills up after so much."""
+    left = chance.randrange(1, 100) * MiB
+    fill_but(memory.disk, left)
+    return f"full after {left // MiB} MiB"
+
+
+def break_down(memory: MemoryDisk, rig: Rig, chance: random.Random) -> str:
+    """Every access fails from some moment on (EIO)."""
+    wait_for_part(memory, chance.randrange(1, 100) * MiB)
+    memory.disk.emergency()
+    return "EIO"
+
+
+def cancel(memory: MemoryDisk, rig: Rig, chance: random.Random) -> str:
+    """Somebody cancels the save: an admin at the monitor, another tool."""
+    wait_for_part(memory, chance.randrange(1, 100) * MiB)
+    (socket,) = rig.run_dir.glob("*/info.sock")
+    monitor = Qmp(socket)
+    monitor("migrate_cancel")
+    monitor.close()
+    return "cancelled"
+
+
+def wait_for_part(memory: MemoryDisk, size: int) -> None:
+    """Wait until so much of the memory was written."""
+    wait_for(lambda: any(p.stat().st_size >= size for p in memory.at.glob("*/memory.part")), f"{size} bytes written")
+
+
+CAUSES: tuple[Callable[[MemoryDisk, Rig, random.Random], str], ...] = (make_full, break_down, cancel)
+
+
+def fail_once(rig: Rig, memory: MemoryDisk, number: int, chance: random.Random) -> str:
+    """Let one save fail; return what was done to it. The snapshot stays, without memory, at the latest by `recover`."""
+    cause = CAUSES[number % len(CAUSES)]
+    halt = ";stop:create.intent.after" if cause is make_full else ""
+    process = rig.popen("create", "vm", f"f{number}", "--memory", fault=f"skip:memory.reserve{halt}")
+    if halt:
+        wait_for(lambda: process_state(process.pid) in ("T", "t") or process.poll() is not None, "create has begun")
+    what = cause(memory, rig, chance)
+    if halt:
+        os.kill(process.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in ((1, 3, 12) if cause is break_down else (12,)), (what, process.returncode, err)
+    if cause is break_down:
+        memory.again()
+    elif cause is make_full:
+        memory.disk.free()
+    return f"{what}: exit {process.returncode}"
+
+
+@pytest.mark.timeout(120 + 60 * SAVES)
+def test_many_failed_saves_of_many_causes_never_hang_the_guest(small: tuple[Rig, SmallDisk], tmp_path: Path) -> None:
+    """DISKCHAIN_RESCUES saves on one guest: full, EIO, cancelled, at any moment. It works on after each, never booted."""
+    rig, _ = small
+    chance = random.Random(SEED)
+    memory = MemoryDisk(tmp_path / "memory", rig)
+    try:
+        with Console(rig.console()) as console:
+            console.wait(r"^D round 2$")
+            for number in range(SAVES):
+                works_on(console)
+                what = fail_once(rig, memory, number, chance)
+                print(f"{number + 1} of {SAVES}: {what}", flush=True)
+                works_on(console)
+                rig.ok("recover", "vm")
+            assert len([line for _, line in console.lines() if line.startswith("GUEST UP")]) == 1
+            rig.ok("create", "vm", "good", "--memory")
+            works_on(console)
+        states = {s["name"]: s["state"] for s in rig.ok("list", "vm", "--json").json["snapshots"]}
+        assert states == {**{f"f{i}": "disk" for i in range(SAVES)}, "good": "memory"}
+        assert rig.file_verdict() == []
+    finally:
+        rig.destroy()
+        memory.close()
