@@ -25,7 +25,7 @@ def main(words: Sequence[str]) -> int:
         print("\n".join(f"{name:8} {(case.__doc__ or '').splitlines()[0]}" for name, case in CASES.items()))
         return 0
     facts = machine_facts()
-    rows = run_cases(options.only or list(CASES), options.level)
+    rows = run_cases(options.only or list(CASES), options.level, tuple(options.size or ()))
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), end="\n\n")
     print(table([row for found in rows.values() for row in found]))
     if options.json:
@@ -39,15 +39,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", dest="level", action="store_const", const="quick", default="usual")
     parser.add_argument("--full", dest="level", action="store_const", const="full")
     parser.add_argument("--only", action="append", choices=list(CASES))
+    parser.add_argument("--size", action="append", type=int)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--list", action="store_true")
     return parser.parse_args(words)
 
 
-def run_cases(names: Sequence[str], level: str) -> dict[str, list[Row]]:
+def run_cases(names: Sequence[str], level: str, sizes: tuple[int, ...] = ()) -> dict[str, list[Row]]:
     """Run the cases in a directory that is gone afterwards."""
     directory = Path(tempfile.mkdtemp(prefix="diskchain-bench-", dir=os.environ.get("DISKCHAIN_BENCH_DIR", "/var/tmp")))
-    bench = Bench(directory, level)
+    bench = Bench(directory, level, sizes)
     rows: dict[str, list[Row]] = {}
     try:
         for name in names:

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,10 +27,11 @@ def say(text: str) -> None:
 
 @dataclass
 class Bench:
-    """`level`: quick, usual or full."""
+    """`level`: quick, usual or full. `only_sizes`: measure guests of these sizes (MiB) only; empty: as the level says."""
 
     dir: Path
     level: str = "usual"
+    only_sizes: tuple[int, ...] = ()
     made: int = 0
 
     @property
@@ -42,15 +43,20 @@ class Bench:
         """How many pairs to measure."""
         return quick if self.quick else usual
 
+    def sizes(self, *, quick: Sequence[int], usual: Sequence[int], full: Sequence[int]) -> list[int]:
+        """Return the guests' sizes in MiB for this level, without those that were not asked for."""
+        sizes = {"quick": quick, "usual": usual, "full": full}[self.level]
+        return [mib for mib in sizes if not self.only_sizes or mib in self.only_sizes]
+
     def place(self) -> Path:
         """Return a fresh path for a guest."""
         self.made += 1
         return self.dir / str(self.made)
 
     @contextlib.contextmanager
-    def own(self, guest: Guest, ready: str) -> Iterator[OwnMachine]:
+    def own(self, guest: Guest, ready: str, *, huge_pages: bool = True) -> Iterator[OwnMachine]:
         """A guest of diskchain's that has said `ready`."""
-        own = OwnMachine(guest, self.place())
+        own = OwnMachine(guest, self.place(), huge_pages=huge_pages)
         try:
             own.start()
             wait_until(ready, own.console)
@@ -114,21 +120,6 @@ def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return (time.perf_counter() - began) * 1000
-
-
-def guest_ram_resident(pid: int) -> int:
-    """Return the resident bytes of QEMU's largest mapping of data: the guest's RAM that was ever touched."""
-    largest = resident = 0
-    is_data, size = False, 0
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        word, value = line.split(maxsplit=2)[:2]
-        if not word.endswith(":"):
-            is_data = value == "rw-p"  # TCG's own code buffer, rwxp, is larger than small guests
-        elif word == "Size:":
-            size = int(value) * 1024
-        elif word == "Rss:" and is_data and size > largest:
-            largest, resident = size, int(value) * 1024
-    return resident
 
 
 def machine_facts() -> dict[str, str]:

@@ -7,14 +7,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from diskchain.ops.approve import approve_chain
-from scripts.bench_cases.bench import Bench, Both, MiB, guest_ram_resident, in_turns, say, timed
+from scripts.bench_cases.bench import SETTLE, Bench, Both, MiB, in_turns, say, timed
 from scripts.bench_cases.figures import Goal, Row
 from tests.support.console import Console
 from tests.support.own_machine import Guest, OwnMachine
+from tests.support.ram import guest_ram
 
 ROOT = Path(__file__).resolve().parents[2]
 LIKE_BARE = Goal(1.50, 5.0)
@@ -23,17 +24,49 @@ Case = Callable[[Bench], Iterator[Row]]
 
 def pause(bench: Bench) -> Iterator[Row]:
     """Pause of `create` with memory against the bare QMP sequence, by guest size."""
-    sizes = {"quick": [256], "usual": [256, 1024], "full": [256, 1024, 4096]}[bench.level]
-    for mib in sizes:
+    for mib in bench.sizes(quick=[256], usual=[256, 1024], full=[256, 1024, 2048, 4096]):
         guest = Guest(mib * MiB, modes=f"touch{_most_of(mib)}")
-        yield _pause_row(bench, guest, f"pause, {mib} MiB of memory, 2 disks", bench.pairs(16, 7))
+        count = bench.pairs(16, 7) if mib <= 1024 else 7
+        yield _pause_row(bench, guest, f"pause, {mib} MiB of memory, 2 disks", count)
 
 
 def disks(bench: Bench) -> Iterator[Row]:
     """Pause of `create` with memory against the bare QMP sequence, by number of disks."""
-    for count in (16,) if bench.quick else (1, 4, 16):
+    ours: dict[int, Sequence[float]] = {}
+    for count in (1, 16) if bench.quick else (1, 4, 16):
         guest = Guest(256 * MiB, disks=count, modes="touch64")
-        yield _pause_row(bench, guest, f"pause, {count} disk{'s'[: count - 1]}, 256 MiB", bench.pairs(9, 3))
+        row = _pause_row(bench, guest, f"pause, {count} disk{'s'[: count - 1]}, 256 MiB", bench.pairs(9, 3))
+        ours[count] = row.ours
+        yield row
+    yield Row("pause, 16 disks, 256 MiB", ours[16], ours[1], "1 disk", goal=Goal(0.0, 10))
+
+
+def tenth(bench: Bench) -> Iterator[Row]:
+    """Pause of the later snapshots of a guest against its first, with huge_pages on and off; resident memory."""
+    last = 5 if bench.quick else 10
+    for mib in bench.sizes(quick=[256], usual=[1024], full=[256, 1024, 2048, 4096]):
+        guest = Guest(mib * MiB, modes=f"touch{_most_of(mib)}")
+        say(f"tenth, {mib} MiB: {last} snapshots with huge_pages on, as many with off, 2 first ones more")
+        on, touched, resident = _series(bench, guest, last, huge_pages=True)
+        off, _, _ = _series(bench, guest, last, huge_pages=False)
+        more = [] if bench.quick else [_series(bench, guest, 1, huge_pages=True)[0][0] for _ in range(2)]
+        firsts = [on[0], off[0], *more]
+        first = [firsts[n % len(firsts)] for n in range(last - 1)]
+        what = f"pause of snapshots 2-{last}, {mib} MiB, huge_pages"
+        yield Row(f"{what} on", on[1:], first, f"the first ({len(firsts)} guests)", goal=Goal(1.5))
+        yield Row(f"{what} off", off[1:], first, f"the first ({len(firsts)} guests)")
+        yield Row(f"resident after {last} snapshots, {mib} MiB", [resident], [touched], "before", "MiB", Goal(1.05))
+
+
+def _series(bench: Bench, guest: Guest, count: int, *, huge_pages: bool) -> tuple[list[float], float, float]:
+    """Take so many snapshots of a fresh guest; return their pauses, and its resident MiB before and after."""
+    with bench.own(guest, "^M touched", huge_pages=huge_pages) as own:
+        before = guest_ram(own.pid).resident
+        pauses = []
+        for _ in range(count):
+            time.sleep(SETTLE)
+            pauses.append(one_pause(own))
+        return pauses, before / MiB, guest_ram(own.pid).resident / MiB
 
 
 def _most_of(mib: int) -> int:
@@ -50,8 +83,13 @@ def _pause_row(bench: Bench, guest: Guest, what: str, count: int) -> Row:
 
 def own_pause(both: Both) -> float:
     """Make a snapshot with diskchain; return its pause."""
-    snapshot = both.own.create("")
-    both.own.forget_memory(snapshot)
+    return one_pause(both.own)
+
+
+def one_pause(own: OwnMachine) -> float:
+    """Make a snapshot; return its pause."""
+    snapshot = own.create("")
+    own.forget_memory(snapshot)
     assert snapshot.pause_ms is not None
     return snapshot.pause_ms
 
@@ -66,10 +104,16 @@ def bare_pause(both: Both) -> float:
 
 def gap(bench: Bench) -> Iterator[Row]:
     """Longest silence of a busy guest during `create` with memory, against savevm and stop-migrate-cont."""
-    mib, dirty = (256, 60) if bench.quick else (1024, 300)
-    count = bench.pairs(7, 2)
+    for mib in bench.sizes(quick=[256], usual=[1024], full=[256, 1024, 2048, 4096]):
+        yield from _gap_rows(
+            bench, mib, 60 if mib == 256 else mib * 300 // 1024, bench.pairs(7, 2) if mib <= 1024 else 3
+        )
+
+
+def _gap_rows(bench: Bench, mib: int, dirty: int, count: int) -> Iterator[Row]:
     say(f"gap, {mib} MiB: {count} triples")
-    with bench.both(Guest(mib * MiB, modes=f"tick,dirty{dirty}"), "^D round 2") as both:
+    modes = f"tick,dirty{dirty}"
+    with bench.both(Guest(mib * MiB, modes=modes), "^D round 2") as both:
         memory = both.bare.dir / "memory"
         quiet = [_gap(both.own.console, lambda: time.sleep(2)) for _ in range(count)]
         ours, savevm = in_turns(count, lambda: _own_gap(both), lambda: _bare_gap(both, lambda: both.bare.savevm("s")))
@@ -123,7 +167,7 @@ def size(bench: Bench) -> Iterator[Row]:
 
 
 def _sizes(own: OwnMachine) -> tuple[float, float]:
-    touched = guest_ram_resident(own.pid)
+    touched = guest_ram(own.pid).resident
     snapshot = own.create("")
     assert snapshot.memory.saved, snapshot.memory.reason
     own.forget_memory(snapshot)
@@ -211,5 +255,5 @@ def _timed_and_gap(console: Path, work: Callable[[], object], gaps: list[float])
 
 
 CASES: dict[str, Case] = {
-    "pause": pause, "disks": disks, "gap": gap, "size": size, "chain": chain, "start": start, "revert": revert,
+    "pause": pause, "disks": disks, "tenth": tenth, "gap": gap, "size": size, "chain": chain, "start": start, "revert": revert,
 }  # fmt: skip

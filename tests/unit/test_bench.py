@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from scripts.bench_cases.__main__ import as_json, parse
-from scripts.bench_cases.bench import in_turns
+from scripts.bench_cases.bench import Bench, in_turns
 from scripts.bench_cases.cases import CASES
 from scripts.bench_cases.figures import Goal, Row, difference, median, quartiles, ratio, spread, table
 
@@ -75,6 +76,15 @@ def test_json_holds_the_raw_samples_and_what_follows() -> None:
 def test_options_name_cases_and_levels() -> None:
     assert parse(["--quick", "--only", "pause", "--only", "gap"]).only == ["pause", "gap"]
     assert (parse([]).level, parse(["--quick"]).level, parse(["--full"]).level) == ("usual", "quick", "full")
+    assert parse(["--size", "256", "--size", "4096"]).size == [256, 4096]
     with pytest.raises(SystemExit):
         parse(["--only", "nothing"])
     assert all(case.__doc__ for case in CASES.values())
+
+
+def test_sizes_are_those_of_the_level_that_were_asked_for() -> None:
+    def sizes(*bench: object) -> list[int]:
+        return Bench(Path("/nowhere"), *bench).sizes(quick=[1], usual=[1, 2], full=[1, 2, 3])  # type: ignore[arg-type]
+
+    assert (sizes("quick"), sizes("usual"), sizes("full")) == ([1], [1, 2], [1, 2, 3])
+    assert sizes("full", (2, 3, 4)) == [2, 3]
