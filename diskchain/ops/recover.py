@@ -76,7 +76,9 @@ async def _create(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
     snapshot = quiesce.noted(replace(snapshot, pause_ms=entry.data.get("pause_ms"), captured=captured), entry.data)
     snapshot = create_rest.note_frozen(vm, snapshot)
     if entry.state == "saved":
-        memory = await save_memory.seal(vm.home, snapshot.id, 0.0)
+        memory = await save_memory.seal_or_give_up(vm.home, snapshot.id, 0.0)
+        if not memory.saved:
+            return create_rest.without_memory(vm, entry, memory.reason)
         vm.save(vm.catalog.with_snapshot(replace(snapshot, memory=memory, consistency="memory")))
         entry.close()
         return "finished", "its memory is saved"

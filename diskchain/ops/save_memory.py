@@ -12,7 +12,7 @@ from pathlib import Path
 from diskchain.chain.model import Memory, MiB, Snapshot
 from diskchain.chain.text import size as text_of
 from diskchain.drivers.protocol import VMState
-from diskchain.errors import DiskchainError, NoSpace, ToolFailed
+from diskchain.errors import DiskchainError, MemoryNotSaved, NoSpace, ToolFailed
 from diskchain.host import files
 from diskchain.host.fault import point, skipped
 from diskchain.host.process import our_module, run, spawn_detached
@@ -84,7 +84,7 @@ async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Prog
         files.unlink_durably(part_of(vm.home, snapshot.id))
     else:
         entry.advance("saved")
-        memory = await seal(vm.home, snapshot.id, seconds)
+        memory = await seal_or_give_up(vm.home, snapshot.id, seconds)
     snapshot = replace(vm.catalog.snapshots[snapshot.id], memory=memory,
                        consistency=_consistency(snapshot, memory))  # fmt: skip
     vm.save(vm.catalog.with_snapshot(snapshot))
@@ -131,6 +131,16 @@ async def _wait(vm: VM, progress: Progress) -> str:
 async def wait_until_over(vm: VM, progress: Progress) -> None:
     """Wait until no save is running in the VM; what it saved does not matter."""
     await _wait(vm, progress)
+
+
+async def seal_or_give_up(home: Home, snapshot_id: str, seconds: float) -> Memory:
+    """As `seal`; what the disk lost a part of is removed and counts as failed, or a second try would call it saved."""
+    try:
+        return await seal(home, snapshot_id, seconds)
+    except MemoryNotSaved as error:
+        with contextlib.suppress(DiskchainError):
+            files.unlink_durably(part_of(home, snapshot_id))
+        return Memory("failed", reason=error.message)
 
 
 async def seal(home: Home, snapshot_id: str, seconds: float) -> Memory:

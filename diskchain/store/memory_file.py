@@ -16,7 +16,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from diskchain.errors import MemoryDamaged
+from diskchain.errors import MemoryDamaged, MemoryNotSaved
 
 _HEADER = struct.Struct("=16sIIIII56x")
 _PART, _SAVE = b"LibvirtQemudPart", b"LibvirtQemudSave"
@@ -44,10 +44,20 @@ def write_header(fd: int, xml: str, *, was_running: bool) -> int:
 
 
 def seal(fd: int) -> None:
-    """fsync the stream, then flip the magic to the finished form, and fsync that too."""
-    os.fsync(fd)
+    """fsync the stream, then flip the magic to the finished form, and fsync that too.
+
+    Raise MemoryNotSaved when the disk lost some of it: the kernel tells that once, and another fsync would say all is well.
+    """
+    _sync(fd)
     os.pwrite(fd, _SAVE, 0)
-    os.fsync(fd)
+    _sync(fd)
+
+
+def _sync(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise MemoryNotSaved(f"the disk lost some of it: {error.strerror}", hint="look at dmesg") from error
 
 
 def read_header(fd: int) -> MemoryHeader:

@@ -66,6 +66,7 @@ def _series(bench: Bench, guest: Guest, count: int, *, huge_pages: bool) -> tupl
         for _ in range(count):
             time.sleep(SETTLE)
             pauses.append(one_pause(own))
+        say(f"huge_pages {'on' if huge_pages else 'off'}: {', '.join(f'{p:.1f}' for p in pauses)} ms")
         return pauses, before / MiB, guest_ram(own.pid).resident / MiB
 
 

@@ -22,7 +22,7 @@ from tests.support.refusals import SmallDisk
 from tests.support.rig import MiB, Rig, process_state, wait_for
 
 ROUND = r"^D round (\d+)"
-SAVES = int(os.environ.get("DISKCHAIN_RESCUES", "3"))  # how many failed saves the campaign makes
+SAVES = int(os.environ.get("DISKCHAIN_RESCUES", "4"))  # how many failed saves the campaign makes
 SEED = os.environ.get("DISKCHAIN_SEED", "1")
 
 
@@ -39,7 +39,7 @@ def small(tmp_path: Path) -> Iterator[tuple[Rig, SmallDisk]]:
 
 
 def fill_but(disk: SmallDisk, left: int) -> None:
-    """Take the room on the disk, except `left` bytes."""
+    """Take the room on the disk, except about `left` bytes."""
     status = os.statvfs(disk.path)
     size = status.f_bavail * status.f_frsize - left
     subprocess.run(["fallocate", "-l", str(size), str(disk.path / "filler")], check=True)
@@ -142,7 +142,8 @@ class MemoryDisk:
     """A filesystem of its own for the memory files: what happens to it does not happen to the guest's disks."""
 
     def __init__(self, place: Path, rig: Rig) -> None:
-        self.disk = SmallDisk(place, 400 * MiB)
+        self.below = SmallDisk(place, 500 * MiB)
+        self.disk = SmallDisk(self.below.path, 400 * MiB)
         (home,) = rig.dir.glob(".diskchain/*")
         self.at = home / "snapshots"
         self.at.mkdir(exist_ok=True)
@@ -154,6 +155,9 @@ class MemoryDisk:
     def again(self) -> None:
         """As after a repair: a new file system in its place."""
         self.close(keep=True)
+        # whoever still has a file open there keeps the broken one alive, and mount would find it again
+        look = ["losetup", "--noheadings", "--associated", str(self.disk.file)]
+        wait_for(lambda: not subprocess.run(look, capture_output=True).stdout, "the broken disk is let go of")
         subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", self.disk.file], check=True)
         self.disk.mount()
         self._bind()
@@ -161,7 +165,9 @@ class MemoryDisk:
     def close(self, *, keep: bool = False) -> None:
         """Unmount it."""
         subprocess.run(["umount", "--lazy", self.at], check=True)
-        self.disk.close(keep=keep)
+        self.disk.close(keep=True)
+        if not keep:
+            self.below.close()
 
 
 def make_full(memory: MemoryDisk, rig: Rig, chance: random.Random) -> str:
@@ -188,18 +194,25 @@ def cancel(memory: MemoryDisk, rig: Rig, chance: random.Random) -> str:
     return "cancelled"
 
 
+def lose_writes(memory: MemoryDisk, rig: Rig, chance: random.Random) -> str:
+    """The disk takes less than it promised: QEMU hears of no error, only who syncs the file does."""
+    left = chance.randrange(1, 60) * MiB
+    fill_but(memory.below, left)
+    return f"EIO when it is synced, after {left // MiB} MiB"
+
+
 def wait_for_part(memory: MemoryDisk, size: int) -> None:
     """Wait until so much of the memory was written."""
     wait_for(lambda: any(p.stat().st_size >= size for p in memory.at.glob("*/memory.part")), f"{size} bytes written")
 
 
-CAUSES: tuple[Callable[[MemoryDisk, Rig, random.Random], str], ...] = (make_full, break_down, cancel)
+CAUSES: tuple[Callable[[MemoryDisk, Rig, random.Random], str], ...] = (make_full, break_down, cancel, lose_writes)
 
 
 def fail_once(rig: Rig, memory: MemoryDisk, number: int, chance: random.Random) -> str:
     """Let one save fail; return what was done to it. The snapshot stays, without memory, at the latest by `recover`."""
     cause = CAUSES[number % len(CAUSES)]
-    halt = ";stop:create.intent.after" if cause is make_full else ""
+    halt = ";stop:create.intent.after" if cause in (make_full, lose_writes) else ""
     process = rig.popen("create", "vm", f"f{number}", "--memory", fault=f"skip:memory.reserve{halt}")
     if halt:
         wait_for(lambda: process_state(process.pid) in ("T", "t") or process.poll() is not None, "create has begun")
@@ -208,16 +221,18 @@ def fail_once(rig: Rig, memory: MemoryDisk, number: int, chance: random.Random) 
         os.kill(process.pid, signal.SIGCONT)
     _, err = process.communicate(timeout=60)
     assert process.returncode in ((1, 3, 12) if cause is break_down else (12,)), (what, process.returncode, err)
-    if cause is break_down:
-        memory.again()
-    elif cause is make_full:
+    if cause is make_full:
         memory.disk.free()
+    if cause is lose_writes:
+        memory.below.free()
+    if cause in (break_down, lose_writes):
+        memory.again()
     return f"{what}: exit {process.returncode}"
 
 
 @pytest.mark.timeout(120 + 60 * SAVES)
 def test_many_failed_saves_of_many_causes_never_hang_the_guest(small: tuple[Rig, SmallDisk], tmp_path: Path) -> None:
-    """DISKCHAIN_RESCUES saves on one guest: full, EIO, cancelled, at any moment. It works on after each, never booted."""
+    """DISKCHAIN_RESCUES saves on one guest: full, EIO, cancelled, lost, any moment. It works on after each, never booted."""
     rig, _ = small
     chance = random.Random(SEED)
     memory = MemoryDisk(tmp_path / "memory", rig)
