@@ -134,7 +134,7 @@ async def wait_until_over(vm: VM, progress: Progress) -> None:
 
 
 async def seal_or_give_up(home: Home, snapshot_id: str, seconds: float) -> Memory:
-    """As `seal`; what the disk lost a part of is removed and counts as failed, or a second try would call it saved."""
+    """As `seal`; what the disk lost a part of is removed and counts as failed, or a second try might call it saved."""
     try:
         return await seal(home, snapshot_id, seconds)
     except MemoryNotSaved as error:

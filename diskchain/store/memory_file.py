@@ -46,7 +46,7 @@ def write_header(fd: int, xml: str, *, was_running: bool) -> int:
 def seal(fd: int) -> None:
     """fsync the stream, then flip the magic to the finished form, and fsync that too.
 
-    Raise MemoryNotSaved when the disk lost some of it: the kernel tells that once, and another fsync would say all is well.
+    Raise MemoryNotSaved when the disk lost some of it: the kernel tells that once, and another fsync may say all is well.
     """
     _sync(fd)
     os.pwrite(fd, _SAVE, 0)
