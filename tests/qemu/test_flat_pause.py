@@ -104,13 +104,17 @@ def test_create_without_the_right_to_it_works_and_says_so_once(rig: Rig) -> None
 
 @pytest.mark.timeout(300)
 def test_recover_finishes_a_save_and_puts_the_memory_together(rig: Rig) -> None:
-    """diskchain dies while memory is saved: whoever finishes it does this part, too."""
+    """diskchain dies while memory is saved: whoever finishes it does this part, too. Killed in this part: nothing left."""
     with Console(rig.console()) as console:
         console.wait("^M touched")
         fresh = ram(rig)
+        assert rig.killed("create", "vm", "s", "--memory", at="create.huge-pages#1")
+        assert rig.journal() == [] and rig.snapshots() == {}
         assert rig.killed("create", "vm", "s", "--memory", at="create.saving.after")
         rig.ok("recover", "vm")
         assert rig.ok("list", "vm", "--json").json["snapshots"][0]["state"] == "memory"
         assert ram(rig).huge >= 0.9 * fresh.resident
         assert ram(rig).resident <= 1.05 * fresh.resident + 8 * MiB  # the guest may have used more meanwhile
+        assert rig.killed("create", "vm", "t", "--memory", at="create.huge-pages#2")
+        assert rig.journal() == [] and rig.ok("list", "vm", "--json").json["snapshots"][1]["state"] == "memory"
         counts_on(console)

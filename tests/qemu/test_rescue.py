@@ -139,35 +139,35 @@ def test_control_without_the_rescue_the_guest_hangs(small: tuple[Rig, SmallDisk]
 
 
 class MemoryDisk:
-    """A filesystem of its own for the memory files: what happens to it does not happen to the guest's disks."""
+    """A filesystem of its own for the memory files: what happens to it does not happen to the guest's disks.
+
+    It lies on a file on a disk (`below`) that may take less than it promises.
+    """
 
     def __init__(self, place: Path, rig: Rig) -> None:
-        self.below = SmallDisk(place, 500 * MiB)
-        self.disk = SmallDisk(self.below.path, 400 * MiB)
         (home,) = rig.dir.glob(".diskchain/*")
+        self._place, self._made = place, 0
         self.at = home / "snapshots"
         self.at.mkdir(exist_ok=True)
-        self._bind()
+        self._make()
 
-    def _bind(self) -> None:
+    def _make(self) -> None:
+        self._made += 1
+        self.below = SmallDisk(self._place / str(self._made), 500 * MiB)
+        self.disk = SmallDisk(self.below.path, 400 * MiB)
         subprocess.run(["mount", "--bind", self.disk.path, self.at], check=True)
 
     def again(self) -> None:
-        """As after a repair: a new file system in its place."""
-        self.close(keep=True)
-        # whoever still has a file open there keeps the broken one alive, and mount would find it again
-        look = ["losetup", "--noheadings", "--associated", str(self.disk.file)]
-        wait_for(lambda: not subprocess.run(look, capture_output=True).stdout, "the broken disk is let go of")
-        subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", self.disk.file], check=True)
-        self.disk.mount()
-        self._bind()
+        """As after a repair: a new one. (The broken one may live on in other mount namespaces, and mount would find it.)"""
+        self.close()
+        self._make()
 
-    def close(self, *, keep: bool = False) -> None:
-        """Unmount it."""
+    def close(self) -> None:
+        """Unmount it, and remove it."""
         subprocess.run(["umount", "--lazy", self.at], check=True)
         self.disk.close(keep=True)
-        if not keep:
-            self.below.close()
+        subprocess.run(["umount", "--lazy", self.below.path], check=True)
+        self.below.file.unlink()
 
 
 def make_full(memory: MemoryDisk, rig: Rig, chance: random.Random) -> str:
