@@ -18,6 +18,7 @@ import pytest
 from tests.support.console import Console
 from tests.support.refusals import refused
 from tests.support.rig import Rig
+from tests.support.states import TPM, UEFI, Parts
 
 OLD_ROOT, OLD_PYTHON = os.environ["DISKCHAIN_OLD_ROOT"], os.environ["DISKCHAIN_OLD_PYTHON"]
 COUNT = r"^C (\d+) bad=(\d+)"
@@ -95,6 +96,31 @@ def test_revert_to_memory_that_the_old_qemu_saved_goes_on_under_the_new_one(old:
         new.ok("create", "vm", "by-new", "--memory")
         assert reverted(old, "by-new", console) > before and runs_old_qemu(new)  # the upgrade is taken back
     assert new.ok("check", "vm").code == 0
+
+
+@pytest.mark.timeout(300)
+def test_uefi_and_tpm_of_the_old_system_go_on_under_the_new_one_and_boot_there(tmp_path: Path) -> None:
+    """Live with the firmware's code from the saved memory; then cold with the new firmware on the old variables."""
+    old = OldRig(tmp_path / "vm", memory="256 MiB", modes="cnt,efi,tpm", parts=(UEFI, TPM), targets=("vda",))
+    new = after_the_upgrade(old)
+    try:
+        old.build(guest=True)
+        old.ok("start", "vm")
+        parts = Parts(new)
+        parts.console.wait(r"^GUEST UP", timeout=120)
+        first = parts.resets()
+        old.ok("create", "vm", "one", "--memory")
+        new.ok("pause", "vm")
+        mark = parts.console.mark()
+        new.ok("revert", "vm", "one", "-y")
+        assert (parts.boots(mark), parts.resets(mark)) == (1, first) and not runs_old_qemu(new)
+        assert parts.rounds(mark) == []
+        mark = parts.restart()
+        assert (parts.boots(mark), parts.resets(mark)) == (2, first + 1)
+        assert parts.rounds(mark) == []
+        parts.console.close()
+    finally:
+        new.destroy()
 
 
 @pytest.mark.timeout(120)
