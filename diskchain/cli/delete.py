@@ -57,7 +57,9 @@ async def _delete(
         if dry_run:
             context.show_plan(app, _with_power(vm, plan, is_on, restart))
             return
-        if not (is_on and restart):
+        if is_on and restart:
+            await vm.driver.refuse("restart")
+        else:
             await ops.check(vm, deletions)
         plan = _with_power(vm, plan, is_on, restart)
     ids = [deletion.snapshot.id for deletion in deletions]

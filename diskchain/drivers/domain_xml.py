@@ -136,6 +136,25 @@ def _set_source(element: ET.Element, path: Path, fmt: str) -> None:
     driver.set("type", fmt)
 
 
+def with_name(text: str, name: str) -> str:
+    """Return the XML with this name."""
+    root = parse(text)
+    element = root.find("name")
+    if element is not None:
+        element.text = name
+    return _text(root)
+
+
+def with_genid(text: str, genid: str) -> str:
+    """Return the XML with this generation id, if it has one."""
+    root = parse(text)
+    element = root.find("genid")
+    if element is None:
+        return text
+    element.text = genid
+    return _text(root)
+
+
 def snapshot(text: str, overlays: Mapping[str, Image]) -> str:
     """Return the snapshot XML that switches these disks to overlays that exist already, and no other disk."""
     root = ET.Element("domainsnapshot")
@@ -223,7 +242,7 @@ def differences(old: str, new: str) -> list[str]:
 
 
 def _plain_values(one: ET.Element, other: ET.Element) -> Iterator[tuple[str, str, str]]:
-    for word, place in (("cpus", "vcpu"), ("name", "name"), ("title", "title")):
+    for word, place in (("cpus", "vcpu"), ("title", "title")):
         yield word, one.findtext(place) or "-", other.findtext(place) or "-"
     for word, place in (("memory", "memory"), ("memory in use", "currentMemory")):
         yield word, _in_mib(one.find(place)), _in_mib(other.find(place))

@@ -15,9 +15,9 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import libvirt
-import libvirt_qemu
 
 from diskchain.chain.model import Image
 from diskchain.drivers import domain_xml, migration
@@ -25,6 +25,7 @@ from diskchain.drivers.domain_xml import DomainDisk
 from diskchain.drivers.libvirt_agent import DomainAgent, WatchedDomain
 from diskchain.drivers.libvirt_api import called, connect_now, is_alive, translated
 from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, find_domain, list_domains, resolved
+from diskchain.drivers.libvirt_monitor import Passthrough
 from diskchain.drivers.pause_guard import WatchdogGuard
 from diskchain.drivers.protocol import Chains, Definition, Driver, PauseGuard, SaveProgress, Serial, StateFile, VMState
 from diskchain.drivers.suitable import Unsuitable, suitable
@@ -52,6 +53,8 @@ _STATES = {
     libvirt.VIR_DOMAIN_CRASHED: VMState.CRASHED,
 }
 
+_RESTART = 60.0  # seconds that a daemon that is being restarted has
+
 
 def open_driver(connection: Any, uuid: str, uri: str, log: Path) -> Driver:
     """Return the driver of a domain; its watchdogs write to `log`. Raise NotFound, Unreachable."""
@@ -59,33 +62,6 @@ def open_driver(connection: Any, uuid: str, uri: str, log: Path) -> Driver:
         return LibvirtDriver(connection, connection.lookupByUUIDString(uuid), uri, log)
     except libvirt.libvirtError as error:
         raise translated(error, f"look for {uuid}") from error
-
-
-class Passthrough:
-    """A domain's QEMU monitor as libvirt passes it through: what drivers/migration.py needs of a monitor."""
-
-    def __init__(self, domain: Any) -> None:
-        self._domain = domain
-        self._fds: list[int] = []
-
-    def send_fd(self, fd: int) -> None:
-        """Pass a descriptor with the next command."""
-        self._fds.append(fd)
-
-    async def execute(self, command: str, **arguments: Any) -> Any:
-        """Run a QMP command. QEMU's errors come back as ordinary text."""
-        named = {key.replace("_", "-"): value for key, value in arguments.items()}
-        text = json.dumps({"execute": command, **({"arguments": named} if named else {})})
-        fds, self._fds = self._fds, []
-        if fds:
-            said = await called(command, libvirt_qemu.qemuMonitorCommandWithFiles, self._domain, text, fds, 0)
-            said = said[0] if isinstance(said, tuple) else said
-        else:
-            said = await called(command, libvirt_qemu.qemuMonitorCommand, self._domain, text, 0)
-        answer = json.loads(said)
-        if "error" in answer:
-            raise DriverFailed(f"QEMU refused {command}: {answer['error'].get('desc', answer['error'])}")
-        return answer.get("return")
 
 
 class LibvirtDriver(DomainAgent):
@@ -116,6 +92,12 @@ class LibvirtDriver(DomainAgent):
         except libvirt.libvirtError as error:
             raise translated(error, "read the definition") from error
 
+    def _is_persistent(self) -> bool:
+        try:
+            return bool(self._domain.isPersistent())
+        except libvirt.libvirtError as error:
+            raise translated(error, "ask whether the domain is defined") from error
+
     async def state(self) -> VMState:
         """Ask libvirt. A transient domain that ended is gone."""
         state, reason = await called("ask for the state", self._domain.state)
@@ -132,7 +114,7 @@ class LibvirtDriver(DomainAgent):
 
     async def next_files(self) -> dict[str, Path]:
         """The sources of the persistent XML; of the live one where there is no other."""
-        flags = INACTIVE if self._domain.isPersistent() else SECURE
+        flags = INACTIVE if self._is_persistent() else SECURE
         return _files(resolved(self._connection, await self._xml(flags)))
 
     async def unsuitable(self) -> list[Unsuitable]:
@@ -144,6 +126,10 @@ class LibvirtDriver(DomainAgent):
         if await called("ask for a managed save", self._domain.hasManagedSaveImage, 0):
             raise Refused(f"{self.name} has a managed save: its memory fits the disks only as they are now",
                           hint=f"virsh start {self.name}, or drop it: virsh managedsave-remove {self.name}")  # fmt: skip
+        if operation in ("revert", "restart") and not self._is_persistent():
+            raise Refused(f"{self.name} is transient: libvirt forgets it when it ends, and could not start it again",
+                          hint=f"define it: virsh dumpxml {self.name} --migratable > {self.name}.xml; "
+                          f"virsh define {self.name}.xml")  # fmt: skip
         if operation == "create" and domain_xml.has_tpm(await self._xml(SECURE)):
             raise Refused(f"{self.name} has a TPM, whose state diskchain can't put into a snapshot of a domain yet",
                           hint="take the TPM out, or use virsh snapshot-create-as with the VM off")  # fmt: skip
@@ -168,7 +154,7 @@ class LibvirtDriver(DomainAgent):
 
     def definition(self) -> Definition:
         """The persistent definition (a transient domain has only its live one)."""
-        return _definition(persistent=self._xml_now(INACTIVE if self._domain.isPersistent() else MIGRATABLE))
+        return _definition(persistent=self._xml_now(INACTIVE if self._is_persistent() else MIGRATABLE))
 
     async def live_definition(self) -> Definition:
         """What runs, as a restore needs it, and the persistent definition."""
@@ -182,8 +168,10 @@ class LibvirtDriver(DomainAgent):
         return domain_xml.differences(_persistent(old), _persistent(new))
 
     def renewed(self, definition: Definition) -> Definition:
-        """libvirt itself makes a new generation id at a restore of a domain that has `<genid/>`."""
-        return definition
+        """A new generation id, where the domain has one. (At a restore of memory libvirt makes one by itself.)"""
+        text = json.loads(definition.text)
+        fresh = domain_xml.with_genid(str(text["persistent"]), str(uuid4()))
+        return _definition(persistent=fresh, live=text["live"])
 
     def disks(self, definition: Definition) -> list[str]:
         """The targets of the disks that can be written."""
@@ -310,14 +298,15 @@ class LibvirtDriver(DomainAgent):
 
     async def define(self, definition: Definition, chains: Chains) -> None:
         """defineXML with these chains as disks. A transient domain has no next start."""
-        if not self._domain.isPersistent():
+        if not self._is_persistent():
             return
         xml = domain_xml.with_sources(_persistent(definition), _tops(chains))
+        xml = domain_xml.with_name(xml, self.name)  # it may have been renamed since
         await called("define the domain", self._connection.defineXML, xml)
 
     async def align(self, chains: Chains) -> None:
         """Define the domain again if its persistent definition names other layers."""
-        if not self._domain.isPersistent():
+        if not self._is_persistent():
             return
         now = await self._xml(INACTIVE)
         named = {d.target: (d.path, d.fmt) for d in domain_xml.disks(now)}
@@ -372,8 +361,26 @@ class LibvirtDriver(DomainAgent):
         await migration.begin(self._monitor, background=background)
 
     async def save_progress(self) -> SaveProgress:
-        """query-migrate."""
-        return await migration.progress(self._monitor)
+        """query-migrate. libvirtd may be restarting just now: QEMU goes on saving meanwhile."""
+        try:
+            return await migration.progress(self._monitor)
+        except Unreachable:
+            await self._reconnect()
+            return await migration.progress(self._monitor)
+
+    async def _reconnect(self) -> None:
+        """Look for the domain at a new daemon, until it answers. Raise Unreachable after a minute, NotFound."""
+        end = time.monotonic() + _RESTART
+        while True:
+            try:
+                connection = await asyncio.to_thread(connect_now, self.uri)
+                domain = await called("look for the domain", connection.lookupByUUIDString, self.uuid)
+                break
+            except Unreachable:
+                if time.monotonic() > end:
+                    raise
+            await asyncio.sleep(0.2)
+        self._connection, self._domain, self._monitor = connection, domain, Passthrough(domain)
 
     async def end_memory_save(self) -> None:
         """Take the capability back."""

@@ -85,6 +85,11 @@ class DomainRig(Rig):
                 found[target[1]] = Path(source[1])
         return found
 
+    def active(self) -> dict[str, Path]:
+        """The active layers; before there are records, what libvirt says."""
+        known = any(self.dir.glob(".diskchain/*/catalog.json"))
+        return super().active() if known else self.sources(inactive=True)
+
     def agreement(self) -> list[str]:
         """libvirt's XML (live and persistent) and our catalog name the same layers; return where they don't."""
         active = self.active()
@@ -117,5 +122,5 @@ class DomainRig(Rig):
             os.kill(pid, 9)
             wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
             wait_for(lambda: self.virsh("domstate", self.name, ok=False) != "running", "libvirt knows it")
-        self.virsh("undefine", self.name, "--snapshots-metadata", "--managed-save", ok=False)
+        self.virsh("undefine", self.name, "--snapshots-metadata", "--managed-save", "--keep-nvram", ok=False)
         subprocess.run(["rm", "-rf", str(self.run_dir), str(self.dir)], check=True)
