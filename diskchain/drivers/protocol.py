@@ -135,7 +135,10 @@ class Driver(Protocol):
         """Return the disks that the guest writes to and that can't be in a snapshot of ours."""
 
     async def refuse(self, operation: str) -> None:
-        """Raise Refused when the VM's manager stands in the way of a create, revert or merge (a managed save, a job)."""
+        """Raise Refused when the VM's manager stands in the way (a managed save, a job, a VM that it forgets at its end).
+
+        `operation`: create, revert, merge or restart.
+        """
 
     async def failed_disks(self) -> dict[str, str]:
         """Return for each disk whose last I/O failed why: `nospace` or `failed`. The VM is on."""

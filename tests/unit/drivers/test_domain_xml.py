@@ -130,3 +130,11 @@ def test_uri_is_chosen_by_name_then_environment_and_remote_ones_are_refused() ->
     for uri in ("qemu+ssh://host/system", "qemu://host/system", "qemu+tcp:///system", "xen:///", "test:///default"):
         with pytest.raises(Refused):
             choose_uri(uri, {})
+
+
+def test_name_and_generation_id_are_replaced_where_they_are() -> None:
+    """A domain without `<genid>` gets none."""
+    assert domain_xml.parse(domain_xml.with_name(XML, "web2")).findtext("name") == "web2"
+    assert domain_xml.with_genid(XML, "new") == XML
+    there = XML.replace("<vcpu", "<genid>old</genid><vcpu", 1)
+    assert domain_xml.parse(domain_xml.with_genid(there, "new")).findtext("genid") == "new"
