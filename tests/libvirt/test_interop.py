@@ -87,7 +87,7 @@ def test_generation_id_is_new_after_a_revert(domain: Make) -> None:
     rig.virsh("define", str(path))
 
     def genid() -> str:
-        return re.findall(r"<genid>(.*)</genid>", rig.virsh("dumpxml", "vm", "--inactive"))[0]
+        return str(re.findall(r"<genid>(.*)</genid>", rig.virsh("dumpxml", "vm", "--inactive"))[0])
 
     rig.ok("create", "vm", "s0")
     first = genid()
