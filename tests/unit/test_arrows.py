@@ -29,7 +29,7 @@ ONLY = {
     "rich": ("cli",),
     "qemu": ("drivers", "host/storage_daemon.py"),
     "libvirt": ("drivers/libvirt.py", "drivers/libvirt_api.py", "drivers/libvirt_agent.py", "drivers/libvirt_list.py"),
-    "libvirt_qemu": ("drivers/libvirt.py", "drivers/libvirt_agent.py"),
+    "libvirt_qemu": ("drivers/libvirt_monitor.py", "drivers/libvirt_agent.py"),
     "subprocess": ("host/process.py",),
 }
 
