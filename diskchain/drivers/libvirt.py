@@ -26,12 +26,13 @@ from diskchain.drivers.libvirt_agent import DomainAgent, WatchedDomain
 from diskchain.drivers.libvirt_api import called, connect_now, is_alive, translated
 from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, find_domain, list_domains, resolved
 from diskchain.drivers.libvirt_monitor import Passthrough
+from diskchain.drivers.memory_saver import MemorySaver
+from diskchain.drivers.migration import Commander
 from diskchain.drivers.pause_guard import WatchdogGuard
 from diskchain.drivers.protocol import Chains, Definition, Driver, PauseGuard, SaveProgress, Serial, StateFile, VMState
 from diskchain.drivers.suitable import Unsuitable, suitable
 from diskchain.errors import DiskchainError, DriverFailed, NotFound, Refused, Unreachable
-from diskchain.host import hugepages, rescue
-from diskchain.host.process import ProcessId, boot_id, find_process
+from diskchain.host.process import ProcessId, find_process
 
 __all__ = [
     "LibvirtDriver",
@@ -64,7 +65,7 @@ def open_driver(connection: Any, uuid: str, uri: str, log: Path) -> Driver:
         raise translated(error, f"look for {uuid}") from error
 
 
-class LibvirtDriver(DomainAgent):
+class LibvirtDriver(DomainAgent, MemorySaver):
     """One domain, by its uuid: a domain that was renamed is still the same."""
 
     kind = "libvirt"
@@ -77,6 +78,9 @@ class LibvirtDriver(DomainAgent):
         self.name = str(domain.name())
         self.uuid = str(domain.UUIDString())
         self._monitor = Passthrough(domain)
+
+    async def _commander(self) -> Commander:
+        return self._monitor
 
     async def close(self) -> None:
         """The connection is shared, and ends with us."""
@@ -305,7 +309,14 @@ class LibvirtDriver(DomainAgent):
         await called("define the domain", self._connection.defineXML, xml)
 
     async def align(self, chains: Chains) -> None:
-        """Define the domain again if its persistent definition names other layers."""
+        """Define the domain again if its persistent definition names other layers. libvirtd may be restarting just now."""
+        try:
+            await self._align(chains)
+        except Unreachable:
+            await self._reconnect()
+            await self._align(chains)
+
+    async def _align(self, chains: Chains) -> None:
         if not self._is_persistent():
             return
         now = await self._xml(INACTIVE)
@@ -318,11 +329,6 @@ class LibvirtDriver(DomainAgent):
         return domain_xml.with_sources(await self._xml(MIGRATABLE), {t: (p, "qcow2") for t, p in disks.items()})
 
     # -- snapshot --------------------------------------------------------------------------------------------------
-
-    async def check_background_save(self) -> None:
-        """Set the capability, see whether QEMU takes it, and take it back."""
-        await migration.set_background(self._monitor, True)
-        await migration.set_background(self._monitor, False)
 
     @contextlib.asynccontextmanager
     async def _guard(self, limit: float | None) -> AsyncIterator[PauseGuard]:
@@ -351,15 +357,6 @@ class LibvirtDriver(DomainAgent):
         xml = domain_xml.snapshot(await self._xml(SECURE), overlays)
         await called("switch the disks", self._domain.snapshotCreateXML, xml, flags)
 
-    async def prepare_memory_save(self, memory: int, *, background: bool) -> None:
-        """Capability and descriptor, through the monitor."""
-        await migration.set_background(self._monitor, background)
-        await migration.pass_file(self._monitor, memory)
-
-    async def start_memory_save(self, *, background: bool) -> None:
-        """Begin the migration into the file that was passed before."""
-        await migration.begin(self._monitor, background=background)
-
     async def save_progress(self) -> SaveProgress:
         """query-migrate. libvirtd may be restarting just now: QEMU goes on saving meanwhile."""
         try:
@@ -382,29 +379,9 @@ class LibvirtDriver(DomainAgent):
             await asyncio.sleep(0.2)
         self._connection, self._domain, self._monitor = connection, domain, Passthrough(domain)
 
-    async def end_memory_save(self) -> None:
-        """Take the capability back."""
-        with contextlib.suppress(DiskchainError):
-            await migration.set_background(self._monitor, False)
-
     def process(self) -> ProcessId | None:
         """The domain's QEMU, by the uuid on its command line."""
         return find_process("-uuid", self.uuid)
-
-    async def rescue(self) -> bool:
-        """Lift the write protection that QEMU < 10 leaks when a background save fails."""
-        process = self.process()
-        return bool(process and await asyncio.to_thread(rescue.release, process.pid))
-
-    async def restore_huge_pages(self, limit: float) -> str:
-        """process_madvise on the domain's QEMU."""
-        process = self.process()
-        return await hugepages.collapse_in_thread(process, limit) if process else ""
-
-    def save_owner(self) -> str:
-        """pid, start time and boot of this QEMU."""
-        process = self.process()
-        return f"{process.pid}:{process.start}:{boot_id()}" if process else ""
 
 
 def _files(disks: Sequence[DomainDisk]) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -17,19 +16,20 @@ from diskchain.chain.machine import Machine
 from diskchain.chain.model import Image
 from diskchain.drivers import accel, migration, serial
 from diskchain.drivers.machines import Machines, Registered, differences
+from diskchain.drivers.memory_saver import MemorySaver
+from diskchain.drivers.migration import Commander
 from diskchain.drivers.monitor import Monitor
 from diskchain.drivers.pause_guard import WatchdogGuard
-from diskchain.drivers.protocol import Chains, Definition, PauseGuard, SaveProgress, Serial, StateFile, VMState
+from diskchain.drivers.protocol import Chains, Definition, PauseGuard, Serial, StateFile, VMState
 from diskchain.drivers.qemu_agent import QemuAgent
 from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
 from diskchain.drivers.qemu_parts import Parts, missing
 from diskchain.drivers.suitable import Unsuitable
 from diskchain.drivers.watched import WatchedQemu
 from diskchain.errors import DiskchainError, DriverFailed, Refused, Unreachable
-from diskchain.host import files, hugepages, rescue
+from diskchain.host import files
 from diskchain.host.process import (
     ProcessId,
-    boot_id,
     find_process,
     process_id,
     scope,
@@ -46,7 +46,7 @@ _STATES = {
 }
 
 
-class QemuDriver(QemuAgent):
+class QemuDriver(QemuAgent, MemorySaver):
     """One machine of ours. `socket` is `qmp` for the holder of the VM's lock, `info` for everybody who only looks."""
 
     kind = "qemu"
@@ -95,6 +95,9 @@ class QemuDriver(QemuAgent):
                 raise DriverFailed(f"{self.name} is not running", hint=f"diskchain start {self.name}")
             self._monitor = await Monitor.connect(self.run_dir / f"{self._socket}.sock")
         return self._monitor
+
+    async def _commander(self) -> Commander:
+        return await self._connected()
 
     async def _execute(self, command: str, **arguments: Any) -> Any:
         return await (await self._connected()).execute(command, **arguments)
@@ -372,12 +375,6 @@ class QemuDriver(QemuAgent):
 
     # -- snapshot --------------------------------------------------------------------------------------------------
 
-    async def check_background_save(self) -> None:
-        """Set the capability, see whether QEMU takes it, and take it back."""
-        monitor = await self._connected()
-        await migration.set_background(monitor, True)
-        await migration.set_background(monitor, False)
-
     @contextlib.asynccontextmanager
     async def _guard(self, limit: float | None) -> AsyncIterator[PauseGuard]:
         vm, words = WatchedQemu(self.run_dir), ["qemu", str(self.run_dir)]
@@ -409,40 +406,6 @@ class QemuDriver(QemuAgent):
             for image in overlays.values()
         ]
         await self._execute("transaction", actions=actions)
-
-    async def start_memory_save(self, *, background: bool) -> None:
-        """Begin the migration into the file that was passed before."""
-        await migration.begin(await self._connected(), background=background)
-
-    async def prepare_memory_save(self, memory: int, *, background: bool) -> None:
-        """Everything about the memory save that can be done before the pause."""
-        monitor = await self._connected()
-        await migration.set_background(monitor, background)
-        await migration.pass_file(monitor, memory)
-
-    async def save_progress(self) -> SaveProgress:
-        """query-migrate."""
-        return await migration.progress(await self._connected())
-
-    async def end_memory_save(self) -> None:
-        """Take the capability back."""
-        with contextlib.suppress(DiskchainError):
-            await migration.set_background(await self._connected(), False)
-
-    async def rescue(self) -> bool:
-        """Lift the write protection that QEMU < 10 leaks when a background save fails."""
-        process = self.process()
-        return bool(process and await asyncio.to_thread(rescue.release, process.pid))
-
-    async def restore_huge_pages(self, limit: float) -> str:
-        """MADV_COLLAPSE from outside, by a thread of ours."""
-        process = self.process()
-        return await hugepages.collapse_in_thread(process, limit) if process else ""
-
-    def save_owner(self) -> str:
-        """pid, start time and boot of this QEMU."""
-        process = self.process()
-        return f"{process.pid}:{process.start}:{boot_id()}" if process else ""
 
 
 def _target_of(block: Mapping[str, Any]) -> str:
