@@ -103,6 +103,7 @@ class Rig:
         return subprocess.Popen(
             [*prefix, sys.executable, "-m", "diskchain", *args],
             env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=_heed_ctrl_c,
         )  # fmt: skip
 
     def run(self, *args: str, fault: str = "", prefix: Sequence[str] = ()) -> Answer:
@@ -261,6 +262,11 @@ class Rig:
             wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.rmtree(self.dir, ignore_errors=True)
+
+
+def _heed_ctrl_c() -> None:
+    """A shell's background ignores SIGINT, and what is started from there inherits it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _copy_sparse(source: str, target: str) -> None:
