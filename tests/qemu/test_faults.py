@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.refusals import KiB, check_error
 from tests.support.rig import MiB, Rig
+from tests.support.sample import some
 
 CASES = {
     "create": (("create", "vm", "s3"), {"now"}, "s3", 13),
@@ -60,7 +61,8 @@ def test_error_at_every_step_ends_documented_and_recover_puts_it_right(
     points = rig.points(*args)
     ends: dict[int, int] = {}
     wrong = []
-    for point in points:
+    tried = some(points, 6)
+    for point in tried:
         rig.restore_template(template)
         answer = rig.run("--json", *args, fault=f"{action}:{point}")
         ends[answer.code] = ends.get(answer.code, 0) + 1
@@ -78,6 +80,6 @@ def test_error_at_every_step_ends_documented_and_recover_puts_it_right(
             continue
         wrong += [f"{point}: exit {answer.code}: {w}" for w in judge(rig, presents, new)]
     with capsys.disabled():
-        print(f" [{len(points)} points, ends {ends}]", end="")
+        print(f" [{len(tried)} of {len(points)} points, ends {ends}]", end="")
     assert not wrong, "\n".join(wrong)
     assert len(points) >= at_least

@@ -134,7 +134,7 @@ QEMU_KILLED_AT = ["create.prepared.after#1", "create.paused#1", "create.disks-sw
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("point", QEMU_KILLED_AT)
+@pytest.mark.parametrize("point", some(QEMU_KILLED_AT, 5))
 def test_qemu_killed_in_the_middle_nothing_is_lost(live: Live, point: str) -> None:
     """SIGKILL of QEMU while diskchain stands at a point; then diskchain goes on, then `recover`, then a cold start."""
     rig = live.rig
@@ -169,7 +169,7 @@ def _stopped(pid: int) -> bool:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("action", ["kill", "stop"])
-@pytest.mark.parametrize("point", ["create.paused#1", "create.disks-switched#1", "create.captured#1"])
+@pytest.mark.parametrize("point", some(["create.paused#1", "create.disks-switched#1", "create.captured#1"], 2))
 def test_diskchain_gone_while_the_guest_is_paused_the_guest_runs_within_ten_seconds(
     live: Live, action: str, point: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
