@@ -28,13 +28,6 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     rig.destroy()
 
 
-def configure(rig: Rig, text: str) -> None:
-    """Write the user's configuration."""
-    path = rig.dir / "no-config/diskchain/diskchain.toml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
 def ram(rig: Rig) -> Ram:
     """The guest's memory now."""
     pid = rig.pid()
@@ -63,7 +56,7 @@ def test_create_puts_full_ranges_into_huge_pages_and_leaves_partly_used_ones(rig
         counts_on(console)
         fresh = ram(rig)
         assert fresh.huge > 0.9 * fresh.resident, "a fresh guest has huge pages"
-        configure(rig, OFF)
+        rig.configure(OFF)
         with_memory(rig, "split")
         assert ram(rig).huge < 0.2 * fresh.resident, "saving memory did not split them: this test proves nothing"
 
@@ -73,7 +66,7 @@ def test_create_puts_full_ranges_into_huge_pages_and_leaves_partly_used_ones(rig
         before = ram(rig)
         assert [before.used()[n] for n in half] == [256] * 15
 
-        configure(rig, "")
+        rig.configure("")
         with_memory(rig, "together")
         after = ram(rig)
         assert after.huge >= 0.9 * fresh.resident

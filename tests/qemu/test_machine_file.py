@@ -37,7 +37,7 @@ def fresh(tmp_path: Path) -> Iterator[Rig]:
 WRONG = {
     'nmae = "x"': (1, "nmae"), 'memory = "17 TiB"': (3, "memory"), 'memory = "lots"': (3, "memory"),
     "cpus = 0": (3, "cpus"), 'uuid = "no"': (3, "uuid"), 'name = "../x"': (3, "name"), "memory = -1": (3, "memory"),
-    'firmware = "uefi"': (3, "UEFI"), 'initrd = "x"': (3, "kernel"), 'extra = "-S"': (3, "extra"),
+    'firmware = "efi"': (3, "firmware"), 'initrd = "x"': (3, "kernel"), 'extra = "-S"': (3, "extra"),
 }  # fmt: skip
 
 

@@ -52,9 +52,7 @@ class Quiet:
 
     def configure(self, text: str) -> None:
         """Write diskchain's configuration."""
-        path = self.rig.dir / "config/diskchain/diskchain.toml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        self.rig.configure(text)
 
     def snapshot(self, name: str) -> Any:
         """One snapshot as `list --json` shows it."""

@@ -95,6 +95,12 @@ class Rig:
             "LIBVIRT_DEFAULT_URI": self.uri,
         }
 
+    def configure(self, text: str) -> None:
+        """Write the user's configuration."""
+        path = self.dir / "config/diskchain/diskchain.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
     # -- running diskchain
 
     def popen(self, *args: str, fault: str = "", prefix: Sequence[str] = ()) -> subprocess.Popen[str]:

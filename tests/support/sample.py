@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+FULL = os.environ.get("DISKCHAIN_FULL") == "1"
 
 
 def some(points: Sequence[T], keep: int) -> list[T]:
     """Return at most `keep` of the points in their order: the first, the last, and a seeded choice between them."""
-    if os.environ.get("DISKCHAIN_FULL") == "1" or len(points) <= keep:
+    if FULL or len(points) <= keep:
         return list(points)
     seed = int(os.environ.get("DISKCHAIN_SEED", "7"))
     between = random.Random(seed).sample(range(1, len(points) - 1), keep - 2)

@@ -19,8 +19,9 @@ from diskchain.store import catalog
 from tests.support.console import COUNTER, Console
 from tests.support.own_machine import Guest, MiB, OwnMachine
 from tests.support.rig import wait_for
+from tests.support.sample import FULL
 
-ROUNDS = 25
+ROUNDS = 25 if FULL else 10
 SEED = 20261122
 SLACK = 3  # counts: the one under way at the instant, the one whose line was cut in two, the one that is read
 
