@@ -10,7 +10,7 @@ from pathlib import Path
 from diskchain.drivers.agent import ATTEMPT
 from diskchain.drivers.watched import Watched
 from diskchain.errors import AgentFailed, DiskchainError, DriverFailed
-from diskchain.host.process import our_module, spawn_piped, uninterrupted
+from diskchain.host.process import Piped, our_module, spawn_piped, uninterrupted
 
 _PATIENCE = 15.0  # seconds that we try to thaw ourselves when the watchdog was killed
 
@@ -18,7 +18,7 @@ _PATIENCE = 15.0  # seconds that we try to thaw ourselves when the watchdog was 
 class WatchdogGuard:
     """A PauseGuard. Should the watchdog be killed, what was frozen through it is thawed by us."""
 
-    def __init__(self, child: asyncio.subprocess.Process, vm: Watched) -> None:
+    def __init__(self, child: Piped, vm: Watched) -> None:
         self._child, self._vm = child, vm
         self._answers: asyncio.Queue[str] = asyncio.Queue()
         self._fired = self._frozen = False
@@ -33,13 +33,11 @@ class WatchdogGuard:
         argv, env = our_module("diskchain.drivers.watchdog")
         argv += [*words, *([] if limit is None else [str(limit)])]
         child = await spawn_piped(argv, log, env=env)
-        assert child.stdout
         if await asyncio.wait_for(child.stdout.readline(), 30) != b"ready\n":
             raise DriverFailed("the watchdog that guards the pause did not start", hint=f"see {log}")
         return cls(child, vm)
 
     async def _listen(self) -> None:
-        assert self._child.stdout
         while line := await self._child.stdout.readline():
             if line == b"fired\n":
                 self._fired = True
@@ -48,9 +46,8 @@ class WatchdogGuard:
         self._answers.put_nowait("")  # it is gone
 
     def _tell(self, words: str) -> None:
-        assert self._child.stdin
-        with contextlib.suppress(OSError, RuntimeError):
-            self._child.stdin.write(words.encode() + b"\n")
+        with contextlib.suppress(OSError, ValueError):
+            self._child.write(words.encode() + b"\n")
 
     async def _ask(self, words: str, limit: float) -> list[str]:
         """Return the words of the answer. Raise AgentFailed when it says so, does not answer, or was killed."""
@@ -114,9 +111,7 @@ class WatchdogGuard:
 
     async def stop(self) -> None:
         """Close its stdin: what is still paused or frozen goes on now, by the watchdog, or by us if it was killed."""
-        assert self._child.stdin
-        with contextlib.suppress(OSError, RuntimeError):
-            self._child.stdin.close()
+        self._child.close_stdin()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._child.wait(), 5)
         self._listening.cancel()

@@ -150,19 +150,58 @@ def spawn_detached(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str
         os.close(fd)
 
 
-async def spawn_piped(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str]) -> asyncio.subprocess.Process:
+class Piped:
+    """A program of ours that outlives us, with pipes for its stdin and stdout.
+
+    Not asyncio's own: since Python 3.13 that kills the child when its transport goes away, so when we end.
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes], stdout: asyncio.StreamReader) -> None:
+        self._child = child
+        self.stdout = stdout
+
+    def write(self, data: bytes) -> None:
+        """Give it a few bytes. Raise OSError, ValueError when it does not read any more."""
+        assert self._child.stdin
+        self._child.stdin.write(data)
+
+    def close_stdin(self) -> None:
+        """Let it see the end of its input."""
+        assert self._child.stdin
+        with contextlib.suppress(OSError, ValueError):
+            self._child.stdin.close()
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return self._child.poll()
+
+    async def wait(self) -> None:
+        """Wait until it has ended."""
+        while self._child.poll() is None:
+            await asyncio.sleep(0.01)
+
+    def kill(self) -> None:
+        """SIGKILL; nothing when it has gone."""
+        self._child.kill()
+
+
+async def spawn_piped(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str]) -> Piped:
     """Start a program that outlives us, with pipes for stdin and stdout; stderr goes to `log_file`.
 
     `env`: environment variables that it gets besides ours.
     """
     fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        return await asyncio.create_subprocess_exec(
-            *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=fd, start_new_session=True,
+        child = subprocess.Popen(  # noqa: ASYNC220 - see Piped
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=fd, start_new_session=True, bufsize=0,
             env={**os.environ, **env},
         )  # fmt: skip
     finally:
         os.close(fd)
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), child.stdout)
+    return Piped(child, reader)
 
 
 async def scope(name: str) -> list[str]:
