@@ -64,11 +64,6 @@ def name(text: str) -> str:
     return parse(text).findtext("name") or ""
 
 
-def uuid(text: str) -> str:
-    """Return the domain's uuid."""
-    return parse(text).findtext("uuid") or ""
-
-
 def memory_bytes(text: str) -> int:
     """Return the most memory that the guest can have (bytes): what a saved memory can be as large as."""
     root = parse(text)
@@ -194,20 +189,6 @@ def passthrough(text: str) -> list[str]:
     found = [f"hostdev {element.get('type', '?')}" for element in root.findall("./devices/hostdev")]
     found += ["interface hostdev" for e in root.findall("./devices/interface") if e.get("type") == "hostdev"]
     return found
-
-
-def serial_log(text: str) -> Path | None:
-    """Return the file that the first serial port goes to, or None."""
-    for element in parse(text).findall("./devices/serial"):
-        for child in (element.find("log"), element.find("source")):
-            place = (
-                None
-                if child is None
-                else child.get("file") or (child.get("path") if element.get("type") == "file" else None)
-            )
-            if place:
-                return Path(place)
-    return None
 
 
 def agent_channel(text: str) -> str | None:

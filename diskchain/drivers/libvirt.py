@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -330,19 +330,11 @@ class LibvirtDriver(DomainAgent, MemorySaver):
 
     # -- snapshot --------------------------------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def _guard(self, limit: float | None) -> AsyncIterator[PauseGuard]:
-        self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        vm, words = WatchedDomain(self.uri, self.uuid), ["libvirt", self.uri, self.uuid]
-        guard = await WatchdogGuard.start(vm, words, self._log, limit)
-        try:
-            yield guard
-        finally:
-            await guard.stop()
-
     def pause_guard(self, *, limit: float | None) -> contextlib.AbstractAsyncContextManager[PauseGuard]:
         """A watchdog process connected to libvirt."""
-        return self._guard(limit)
+        self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        words = ["libvirt", self.uri, self.uuid]
+        return WatchdogGuard.guarding(WatchedDomain(self.uri, self.uuid), words, self._log, limit)
 
     async def prepare_disks(self, overlays: Mapping[str, Image]) -> None:
         """libvirt opens them itself."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from diskchain.drivers.agent import ATTEMPT
+from diskchain.drivers.protocol import PauseGuard
 from diskchain.drivers.watched import Watched
 from diskchain.errors import AgentFailed, DiskchainError, DriverFailed
 from diskchain.host.process import Piped, our_module, spawn_piped, uninterrupted
@@ -36,6 +37,18 @@ class WatchdogGuard:
         if await asyncio.wait_for(child.stdout.readline(), 30) != b"ready\n":
             raise DriverFailed("the watchdog that guards the pause did not start", hint=f"see {log}")
         return cls(child, vm)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def guarding(
+        cls, vm: Watched, words: Sequence[str], log: Path, limit: float | None
+    ) -> AsyncIterator[PauseGuard]:
+        """Be there as long as the block runs. See `start` and `stop`."""
+        guard = await cls.start(vm, words, log, limit)
+        try:
+            yield guard
+        finally:
+            await guard.stop()
 
     async def _listen(self) -> None:
         while line := await self._child.stdout.readline():

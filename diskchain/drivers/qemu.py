@@ -7,7 +7,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -375,18 +375,10 @@ class QemuDriver(QemuAgent, MemorySaver):
 
     # -- snapshot --------------------------------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def _guard(self, limit: float | None) -> AsyncIterator[PauseGuard]:
-        vm, words = WatchedQemu(self.run_dir), ["qemu", str(self.run_dir)]
-        guard = await WatchdogGuard.start(vm, words, self.home / "watchdog.log", limit)
-        try:
-            yield guard
-        finally:
-            await guard.stop()
-
     def pause_guard(self, *, limit: float | None) -> contextlib.AbstractAsyncContextManager[PauseGuard]:
         """A watchdog process connected to this QEMU."""
-        return self._guard(limit)
+        words = ["qemu", str(self.run_dir)]
+        return WatchdogGuard.guarding(WatchedQemu(self.run_dir), words, self.home / "watchdog.log", limit)
 
     async def prepare_disks(self, overlays: Mapping[str, Image]) -> None:
         """blockdev-add with `backing: null`: the overlay is open, its backing file is not opened a second time."""

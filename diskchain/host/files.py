@@ -293,6 +293,14 @@ def identity(file: Path | int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two names lead to one file (symlinks followed); False when either can't be looked at."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
 def copy_owner(src: Path, dst: Path) -> None:
     """Give `dst` the owner, group, mode, ACL and security label of `src`, so that the same users can open it.
 

@@ -11,6 +11,7 @@ from diskchain.drivers import domain_xml
 from diskchain.drivers.domains import Domain
 from diskchain.drivers.machines import Registered
 from diskchain.drivers.suitable import suitable
+from diskchain.host import files
 
 
 def definition(registered: Registered, catalog: Catalog) -> Iterator[Finding]:
@@ -61,17 +62,10 @@ def _sources(name: str, which: str, xml: str, catalog: Catalog) -> Iterator[Find
         if image is None or disk.path is None:
             continue
         says = catalog.images[image].path
-        if says != disk.path and not _same(says, disk.path):
+        if says != disk.path and not files.same_file(says, disk.path):
             yield error("active-differs", f"{name} {disk.target}", f"its {which} definition names {disk.path}, the catalog "
                         f"says {says}: something else than diskchain changed it",
                         f"diskchain adopt {name}; do not start it before")  # fmt: skip
-
-
-def _same(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError:
-        return False
 
 
 def _belongs(catalog: Catalog, target: str, path: Path) -> bool:

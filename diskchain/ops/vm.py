@@ -73,16 +73,9 @@ class VM:
         for target, path in (await self.driver.next_files() or {}).items():
             known = self.catalog.active.get(target)
             says = self.catalog.images[known].path if known else None
-            if says != path and not (says and _same(says, path)):
+            if says != path and not (says and files.same_file(says, path)):
                 raise ChainDamaged(f"{target} of {self.name} is defined with {path}, the catalog says {says or 'nothing'}",
                                    hint=f"changed by something else; take it up: diskchain adopt {self.name}")  # fmt: skip
-
-
-def _same(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError:
-        return False
 
 
 @dataclass(frozen=True)
