@@ -27,7 +27,7 @@ from diskchain.drivers.protocol import Driver, VMState
 from diskchain.drivers.qemu import QemuDriver
 from diskchain.errors import DiskchainError, DriverFailed
 from tests.support.console import Console
-from tests.support.guest import guest_files
+from tests.support.guest import boot_words, guest_files
 
 COUNT = r"^C (\d+) bad="
 MiB = 1 << 20
@@ -47,7 +47,7 @@ class QemuCase:
         machine = Machine(
             name="contract", memory=128 * MiB, uuid=str(uuid.uuid4()), accel="tcg",
             machine=asyncio.run(accel.versioned_machine("q35")), genid=str(uuid.uuid4()),
-            kernel=kernel, initrd=initrd, append="console=ttyS0 quiet dc=cnt,tick",
+            kernel=kernel, initrd=initrd, append=boot_words("cnt,tick"),
             disks=tuple(DiskSpec(t, str(i.path), "qcow2") for t, i in self.bases.items()),
             nets=(NetSpec(mac="52:54:00:00:00:01"),),
         )  # fmt: skip
@@ -62,7 +62,7 @@ class QemuCase:
         subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, qcow2], check=True)
         raw.unlink()
         machine = replace(self.registered.machine, agent=True, initrd=str(guest_files(agent=True)[1]),
-                          append="console=ttyS0 quiet dc=tick,fsvdb,agent")  # fmt: skip
+                          append=boot_words("tick,fsvdb,agent"))  # fmt: skip
         self.registered = replace(self.registered, machine=machine)
         self.machines.put(self.registered)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.console import Console
-from tests.support.guest import guest_files
+from tests.support.guest import boot_words, guest_files
 
 DISKS = ("vda", "vdb")
 STATE = "state"
@@ -68,7 +68,7 @@ def make_argv(directory: Path, modes: str, cpus: int, restore: bool) -> list[str
     argv = [
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none",
         "-machine", "q35,accel=tcg", "-cpu", "max", "-m", "256", "-smp", str(cpus),
-        "-kernel", str(kernel), "-initrd", str(initrd), "-append", f"console=ttyS0 quiet dc={modes}",
+        "-kernel", str(kernel), "-initrd", str(initrd), "-append", boot_words(modes),
         "-qmp", "unix:qmp,server=on,wait=off",
         "-chardev", "file,id=serial,path=console,append=on", "-device", "isa-serial,chardev=serial",
     ]

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.guest import guest_files
+from tests.support.guest import boot_words, guest_files
 from tests.support.libvirtd import Libvirtd
 from tests.support.rig import Rig, process_state, wait_for
 
@@ -18,7 +18,6 @@ class DomainRig(Rig):
     """One domain in one directory. `build` defines it with virsh, as an admin would."""
 
     daemon: Libvirtd | None = None
-    firmware: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,7 +36,7 @@ class DomainRig(Rig):
         """The domain's definition."""
         kernel, initrd = guest_files()
         boot = (
-            f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>console=ttyS0 quiet dc={self.modes}</cmdline>"
+            f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{boot_words(self.modes)}</cmdline>"
             if guest
             else ""
         )

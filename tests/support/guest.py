@@ -16,12 +16,19 @@ def debian_disk() -> Path:
     return disk
 
 
-def guest_files(*, agent: bool = False) -> tuple[Path, Path]:
-    """Return the paths of vmlinuz and initrd.gz (with the guest agent: initrd-agent.gz).
+def boot_words(modes: str) -> str:
+    """Return the kernel's command line that makes the guest do this. What only costs a guest without KVM time is off:
+    moving the kernel, rewriting it against Spectre, testing its ciphers (2.7 instead of 4.4 s to the first count)."""
+    return f"console=ttyS0 quiet nokaslr mitigations=off cryptomgr.notests dc={modes}"
+
+
+def guest_files(*, agent: bool = False, uefi: bool = False) -> tuple[Path, Path]:
+    """Return the paths of the kernel (for UEFI: vmlinuz) and the initrd (with the guest agent or without).
 
     Raise FileNotFoundError if the guest has not been built."""
     directory = ROOT / os.environ.get("DISKCHAIN_GUEST_DIR", ".cache/guest")
-    files = directory / "vmlinuz", directory / ("initrd-agent.gz" if agent else "initrd.gz")
+    files = (directory / ("vmlinuz" if uefi else "vmlinux"),
+             directory / ("initrd-agent.cpio" if agent else "initrd.cpio"))  # fmt: skip
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: run scripts/make-guest first")

@@ -20,7 +20,7 @@ from diskchain.config import Config
 from diskchain.ops import create, machine, power, revert
 from diskchain.ops.vm import VM, Host
 from diskchain.store.catalog import Home
-from tests.support.guest import guest_files
+from tests.support.guest import boot_words, guest_files
 
 MiB = 1 << 20
 T = TypeVar("T")
@@ -115,7 +115,7 @@ def _machine_file(guest: Guest) -> str:
     kernel, initrd = guest_files()
     lines = [
         f'name = "vm"\nmemory = "{guest.memory // MiB} MiB"\ncpus = {guest.cpus}\naccel = "tcg"',
-        f'kernel = "{kernel}"\ninitrd = "{initrd}"\nappend = "console=ttyS0 quiet dc={guest.modes}"',
+        f'kernel = "{kernel}"\ninitrd = "{initrd}"\nappend = "{boot_words(guest.modes)}"',
         *(f'[[disk]]\ntarget = "{target}"\nimage = "{target}.qcow2"' for target in NAMES[: guest.disks]),
     ]
     return "\n".join(lines) + "\n"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.guest import guest_files
+from tests.support.guest import boot_words, guest_files
 
 ROOT = Path(__file__).resolve().parents[2]
 MiB = 1 << 20
@@ -70,10 +70,10 @@ class Rig:
         lines = [f'name = "{self.name}"', f'memory = "{self.memory}"', f"cpus = {self.cpus}", 'accel = "tcg"']
         lines += self.parts
         if guest:
-            kernel, initrd = guest_files(agent=self.agent)
+            kernel, initrd = guest_files(agent=self.agent, uefi=any("uefi" in part for part in self.parts))
             lines += ["agent = true"] if self.agent else []
             lines += [f'kernel = "{kernel}"', f'initrd = "{initrd}"']
-            lines += [f'append = "console=ttyS0 quiet dc={self.modes}"']
+            lines += [f'append = "{boot_words(self.modes)}"']
         for target in self.targets:
             fmt = "raw" if target in self.raw else "qcow2"
             self.qemu_img("create", "-q", "-f", fmt, str(self.dir / f"{target}.{fmt}"), str(self.size))
