@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+unset PYTHONDONTWRITEBYTECODE # where it is set, every start of diskchain compiles it anew: 340 instead of 180 ms
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() { say "$*"; exit 1; }
