@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+
+from tests.support.libvirtd import Libvirtd
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="fail if any test was skipped")
+
+
+@pytest.fixture(scope="session")
+def daemon() -> Iterator[Libvirtd]:
+    """One private libvirtd for the session."""
+    found = Libvirtd()
+    found.start()
+    yield found
+    found.destroy()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -102,6 +102,14 @@ def _disk(element: ET.Element) -> DomainDisk:
     )  # fmt: skip
 
 
+def aliases(text: str) -> dict[str, str]:
+    """Return what libvirt calls the device of each disk of a running domain."""
+    found = {
+        _target(e): alias.get("name", "") for e in _disk_elements(parse(text)) if (alias := e.find("alias")) is not None
+    }
+    return {target: alias for target, alias in found.items() if alias}
+
+
 def with_sources(text: str, tops: Mapping[str, tuple[Path, str]]) -> str:
     """Return the XML with these files (and formats) as the disks' sources.
 
@@ -184,9 +192,10 @@ def has_tpm(text: str) -> bool:
 
 
 def passthrough(text: str) -> list[str]:
-    """Return the host devices that are passed to the guest: a background save can't be with them (VFIO)."""
+    """Return the host devices that are passed to the guest, whose state no saved memory holds. USB devices: QEMU saves."""
     root = parse(text)
-    found = [f"hostdev {element.get('type', '?')}" for element in root.findall("./devices/hostdev")]
+    kinds = [element.get("type", "?") for element in root.findall("./devices/hostdev")]
+    found = [f"hostdev {kind}" for kind in kinds if kind != "usb"]
     found += ["interface hostdev" for e in root.findall("./devices/interface") if e.get("type") == "hostdev"]
     return found
 

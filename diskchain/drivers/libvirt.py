@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,10 +20,11 @@ from uuid import uuid4
 import libvirt
 
 from diskchain.chain.model import Image
-from diskchain.drivers import domain_xml, migration
+from diskchain.drivers import domain_xml, libvirt_blocks, migration
 from diskchain.drivers.domain_xml import DomainDisk
 from diskchain.drivers.libvirt_agent import DomainAgent, WatchedDomain
-from diskchain.drivers.libvirt_api import called, connect_now, is_alive, translated
+from diskchain.drivers.libvirt_api import called, connect_now, is_alive, patient, translated
+from diskchain.drivers.libvirt_blocks import is_among
 from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, find_domain, list_domains, resolved
 from diskchain.drivers.libvirt_monitor import Passthrough
 from diskchain.drivers.memory_saver import MemorySaver
@@ -31,7 +32,7 @@ from diskchain.drivers.migration import Commander
 from diskchain.drivers.pause_guard import WatchdogGuard
 from diskchain.drivers.protocol import Chains, Definition, Driver, PauseGuard, SaveProgress, Serial, StateFile, VMState
 from diskchain.drivers.suitable import Unsuitable, suitable
-from diskchain.errors import DiskchainError, DriverFailed, NotFound, Refused, Unreachable
+from diskchain.errors import DiskchainError, DriverFailed, MemoryNotSaved, NotFound, Refused, Unreachable
 from diskchain.host.process import ProcessId, find_process
 
 __all__ = [
@@ -78,6 +79,7 @@ class LibvirtDriver(DomainAgent, MemorySaver):
         self.name = str(domain.name())
         self.uuid = str(domain.UUIDString())
         self._monitor = Passthrough(domain)
+        self._below: dict[str, Path] = {}  # what the prepared overlays stand on
 
     async def _commander(self) -> Commander:
         return self._monitor
@@ -102,6 +104,7 @@ class LibvirtDriver(DomainAgent, MemorySaver):
         except libvirt.libvirtError as error:
             raise translated(error, "ask whether the domain is defined") from error
 
+    @patient
     async def state(self) -> VMState:
         """Ask libvirt. A transient domain that ended is gone."""
         state, reason = await called("ask for the state", self._domain.state)
@@ -116,6 +119,14 @@ class LibvirtDriver(DomainAgent, MemorySaver):
         found = resolved(self._connection, await self._xml(SECURE))
         return _files(found)
 
+    @patient
+    async def written_files(self) -> dict[str, Path]:
+        """query-block, by libvirt's aliases; what QEMU does not tell is as the live XML says."""
+        xml = await self._xml(SECURE)
+        said = await libvirt_blocks.written_files(self._monitor, domain_xml.aliases(xml))
+        return {t: _the_same(path, said.get(t)) for t, path in _files(resolved(self._connection, xml)).items()}
+
+    @patient
     async def next_files(self) -> dict[str, Path]:
         """The sources of the persistent XML; of the live one where there is no other."""
         flags = INACTIVE if self._is_persistent() else SECURE
@@ -141,7 +152,10 @@ class LibvirtDriver(DomainAgent, MemorySaver):
             return
         if (await called("ask for jobs", self._domain.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE:
             raise Refused(f"libvirt is at work on {self.name}", hint=f"virsh domjobinfo {self.name}; wait for its end")
-        for target in await self.active_files():
+        believed = await self.active_files()
+        if operation == "create":
+            libvirt_blocks.refuse_stale(self.name, believed, await self.written_files())
+        for target in believed:
             if await called("ask for block jobs", self._domain.blockJobInfo, target, 0):
                 raise Refused(f"a block job is at work on {target} of {self.name}",
                               hint=f"virsh blockjob {self.name} {target}; wait for its end")  # fmt: skip
@@ -289,6 +303,7 @@ class LibvirtDriver(DomainAgent, MemorySaver):
         """Suspend."""
         await called("pause the domain", self._domain.suspend)
 
+    @patient
     async def resume(self) -> None:
         """Resume, unless it runs: looked up in QEMU, which after a background save may know better than libvirt."""
         if (await self._monitor.execute("query-status"))["status"] == "running":
@@ -300,29 +315,28 @@ class LibvirtDriver(DomainAgent, MemorySaver):
 
     # -- configuration ---------------------------------------------------------------------------------------------
 
+    @patient
     async def define(self, definition: Definition, chains: Chains) -> None:
         """defineXML with these chains as disks. A transient domain has no next start."""
         if not self._is_persistent():
             return
         xml = domain_xml.with_sources(_persistent(definition), _tops(chains))
-        xml = domain_xml.with_name(xml, self.name)  # it may have been renamed since
+        xml = domain_xml.with_name(xml, domain_xml.name(await self._xml(INACTIVE)))  # it may have been renamed since
         await called("define the domain", self._connection.defineXML, xml)
 
-    async def align(self, chains: Chains) -> None:
-        """Define the domain again if its persistent definition names other layers. libvirtd may be restarting just now."""
-        try:
-            await self._align(chains)
-        except Unreachable:
-            await self._reconnect()
-            await self._align(chains)
-
-    async def _align(self, chains: Chains) -> None:
+    @patient
+    async def align(self, chains: Chains, was: Collection[Path] = ()) -> list[str]:
+        """Define the domain again if its persistent definition names other layers of these chains, or one that `was`."""
         if not self._is_persistent():
-            return
+            return []
         now = await self._xml(INACTIVE)
-        named = {d.target: (d.path, d.fmt) for d in domain_xml.disks(now)}
-        if any(named.get(target) != top for target, top in _tops(chains).items()):
-            await self.define(_definition(persistent=now), chains)
+        named = {d.target: (d.path, d.fmt) for d in resolved(self._connection, now)}
+        tops = {target: top for target, top in _tops(chains).items() if named.get(target) != top}
+        foreign = [t for t in tops if t in named and not is_among(named[t][0], [*(i.path for i in chains[t]), *was])]
+        ours = {target: chain for target, chain in chains.items() if target in tops and target not in foreign}
+        if ours:
+            await self.define(_definition(persistent=now), ours)
+        return foreign
 
     async def memory_label(self, disks: Mapping[str, Path]) -> str:
         """The live XML: with it `virsh restore` starts the domain, on overlays that are made first (RECOVER.txt)."""
@@ -337,27 +351,38 @@ class LibvirtDriver(DomainAgent, MemorySaver):
         return WatchdogGuard.guarding(WatchedDomain(self.uri, self.uuid), words, self._log, limit)
 
     async def prepare_disks(self, overlays: Mapping[str, Image]) -> None:
-        """libvirt opens them itself."""
+        """libvirt opens them itself, and does not look what they stand on: that is noted for `switch_disks`."""
+        self._below = {target: libvirt_blocks.backing_of(image.path) for target, image in overlays.items()}
 
     async def forget_prepared(self, overlays: Mapping[str, Image]) -> None:
-        """Nothing was prepared."""
+        """What a libvirtd that was killed in the switch had opened is closed: a second one would collide with it."""
+        self._below = {}
+        if self.process():
+            with contextlib.suppress(DriverFailed):
+                await libvirt_blocks.drop_unused(self._monitor, [image.path for image in overlays.values()])
 
     async def switch_disks(self, overlays: Mapping[str, Image]) -> None:
         """One external snapshot of exactly these disks, onto files that exist, without metadata in libvirt."""
         flags = (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
                  | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA)  # fmt: skip
-        xml = domain_xml.snapshot(await self._xml(SECURE), overlays)
+        now = await self._xml(SECURE)
+        libvirt_blocks.refuse_other_layers(self.name, self._below, _files(resolved(self._connection, now)))
+        xml = domain_xml.snapshot(now, overlays)
         await called("switch the disks", self._domain.snapshotCreateXML, xml, flags)
 
+    @patient
     async def save_progress(self) -> SaveProgress:
-        """query-migrate. libvirtd may be restarting just now: QEMU goes on saving meanwhile."""
-        try:
-            return await migration.progress(self._monitor)
-        except Unreachable:
-            await self._reconnect()
-            return await migration.progress(self._monitor)
+        """query-migrate."""
+        return await migration.progress(self._monitor)
 
-    async def _reconnect(self) -> None:
+    async def check_memory_save(self) -> None:
+        """Host devices keep their state to themselves."""
+        devices = domain_xml.passthrough(await self._xml(SECURE))
+        if devices:
+            raise MemoryNotSaved(f"the memory of {self.name} can't be saved: devices of the host are passed to it "
+                                 f"({', '.join(devices)})", hint="use --disk-only")  # fmt: skip
+
+    async def reconnect(self) -> None:
         """Look for the domain at a new daemon, until it answers. Raise Unreachable after a minute, NotFound."""
         end = time.monotonic() + _RESTART
         while True:
@@ -378,6 +403,10 @@ class LibvirtDriver(DomainAgent, MemorySaver):
 
 def _files(disks: Sequence[DomainDisk]) -> dict[str, Path]:
     return {target: disk.path for target, disk in suitable(disks)[0].items() if disk.path is not None}
+
+
+def _the_same(believed: Path, said: Path | None) -> Path:
+    return believed if said is None or is_among(said, [believed]) else said
 
 
 def _tops(chains: Chains) -> dict[str, tuple[Path, str]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, TypeVar
+import functools
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import libvirt
 
 from diskchain.errors import DiskchainError, DriverFailed, NotFound, Refused, Unreachable
 
 T = TypeVar("T")
+P = ParamSpec("P")
 libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it prints every error to stderr otherwise
 
 _LOST = {
@@ -55,3 +57,27 @@ def is_alive(connection: Any) -> bool:
         return bool(connection.isAlive())
     except libvirt.libvirtError:
         return False
+
+
+class _Reconnecting(Protocol):
+    async def reconnect(self) -> None:
+        """Find the daemon again. Raise Unreachable."""
+
+
+D = TypeVar("D", bound=_Reconnecting)
+
+
+def patient(
+    method: Callable[Concatenate[D, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[D, P], Coroutine[Any, Any, T]]:
+    """Decorate what can be repeated: libvirtd may be restarting just now, and QEMU goes on meanwhile."""
+
+    async def again(self: D, /, *args: P.args, **words: P.kwargs) -> T:
+        try:
+            return await method(self, *args, **words)
+        except Unreachable:
+            await self.reconnect()
+            return await method(self, *args, **words)
+
+    functools.update_wrapper(again, method)
+    return again

@@ -7,7 +7,7 @@ the journal. All methods may raise DriverFailed (refused or died) and Unreachabl
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +128,11 @@ class Driver(Protocol):
     async def active_files(self) -> dict[str, Path]:
         """Return for each disk of a VM that is on the file it writes to, as the hypervisor says."""
 
+    async def written_files(self) -> dict[str, Path]:
+        """Return the same as the hypervisor process itself says, whatever its manager believes. Before a change, and after
+        one that was cut off, only this counts.
+        """
+
     async def next_files(self) -> dict[str, Path] | None:
         """Return for each disk the file that the next start writes to; None where the catalog decides that."""
 
@@ -241,9 +246,11 @@ class Driver(Protocol):
     async def define(self, definition: Definition, chains: Chains) -> None:
         """Make this the configuration of the next start, with these chains as disks."""
 
-    async def align(self, chains: Chains) -> None:
-        """Let the next start write to these chains, whatever else its configuration says; nothing where the catalog
-        decides.
+    async def align(self, chains: Chains, was: Collection[Path] = ()) -> list[str]:
+        """Let the next start write to these chains, where it would write to another layer of them, or to one that `was`.
+
+        Return the disks that it writes to other files than those: somebody else's, left alone. Nothing is done where the
+        catalog decides.
         """
 
     async def memory_label(self, disks: Mapping[str, Path]) -> str:
@@ -252,6 +259,9 @@ class Driver(Protocol):
         """
 
     # -- snapshot
+    async def check_memory_save(self) -> None:
+        """Raise MemoryNotSaved when the memory of this VM can't be saved in any way."""
+
     async def check_background_save(self) -> None:
         """Raise MemoryNotSaved when memory can't be saved while the VM runs; the message says why."""
 
@@ -265,7 +275,10 @@ class Driver(Protocol):
         """Undo `prepare_disks`; what was not prepared is passed over."""
 
     async def switch_disks(self, overlays: Mapping[str, Image]) -> None:
-        """Make these the active layers, all or none. The VM is paused (or just running)."""
+        """Make these the active layers, all or none. The VM is paused (or just running).
+
+        Raise ChainDamaged when the VM does not write any more to what they stand on.
+        """
 
     async def prepare_memory_save(self, memory: int, *, background: bool) -> None:
         """Do everything for `start_memory_save` that can be done while the VM runs.

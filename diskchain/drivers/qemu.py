@@ -7,7 +7,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,10 @@ class QemuDriver(QemuAgent, MemorySaver):
             if node.startswith("layer-"):
                 found[target] = file_of[node.removeprefix("layer-")]
         return found
+
+    async def written_files(self) -> dict[str, Path]:
+        """There is no manager in between."""
+        return await self.active_files()
 
     async def next_files(self) -> None:
         """The catalog decides."""
@@ -364,8 +368,9 @@ class QemuDriver(QemuAgent, MemorySaver):
         self._registered = replace(self._registered, machine=_machine_of(definition))
         self._machines.put(self._registered)
 
-    async def align(self, chains: Chains) -> None:
+    async def align(self, chains: Chains, was: Collection[Path] = ()) -> list[str]:
         """The catalog decides."""
+        return []
 
     async def memory_label(self, disks: Mapping[str, Path]) -> str:
         """Enough for people and tools to identify it: libvirt shows it (virsh save-image-dumpxml), but can't run it."""
@@ -374,6 +379,9 @@ class QemuDriver(QemuAgent, MemorySaver):
                 "<description>saved by diskchain; use: diskchain revert</description></domain>")  # fmt: skip
 
     # -- snapshot --------------------------------------------------------------------------------------------------
+
+    async def check_memory_save(self) -> None:
+        """Our machines have no devices that QEMU can't save."""
 
     def pause_guard(self, *, limit: float | None) -> contextlib.AbstractAsyncContextManager[PauseGuard]:
         """A watchdog process connected to this QEMU."""

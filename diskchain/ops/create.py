@@ -38,7 +38,7 @@ from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.host.process import uninterrupted
 from diskchain.ops import create_pause, flat_pause, layers, save_memory, state_files
-from diskchain.ops.create_rest import note_frozen, resolve_prepared, undo, wait_for_stray_save
+from diskchain.ops.create_rest import align, note_frozen, resolve_prepared, undo, wait_for_stray_save
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.quiesce import Freeze, noted, refuse_without_agent
 from diskchain.ops.vm import VM, definition_at, new_id, now_utc, record_configuration
@@ -92,7 +92,7 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     if state.is_off:
         layers.refuse_foreign_writers(vm.catalog)
     else:
-        await verify_running(vm)
+        await vm.verify_running()
     quiesce = request.quiesce and not state.is_off
     if quiesce:
         await refuse_without_agent(vm, state)
@@ -188,26 +188,12 @@ def _covered(catalog: Catalog, skip: tuple[str, ...], elsewhere: Collection[str]
     return covered
 
 
-async def verify_running(vm: VM) -> None:
-    """Compare what the hypervisor writes to with the catalog. Raise ChainDamaged when they differ."""
-    found = await vm.driver.active_files()
-    missing = sorted(set(vm.catalog.active) - set(found))
-    if missing:
-        raise ChainDamaged(f"the running {vm.name} has no disk {', '.join(missing)}, the catalog says it has",
-                           hint="was a machine define cut off? repeat it, with the VM off")  # fmt: skip
-    for target, path in found.items():
-        known = vm.catalog.active.get(target)
-        if known is None or vm.catalog.images[known].path != path:
-            raise ChainDamaged(f"{target} of {vm.name} writes to {path}, the catalog says "
-                               f"{vm.catalog.images[known].path if known else 'nothing'}",
-                               hint="something else than diskchain switched its disks; stop the VM and look")  # fmt: skip
-
-
 async def _decide_memory(vm: VM, wanted: str, state: VMState) -> str:
     if wanted == "never" or (state.is_off and wanted in ("auto", "always")):
         return "never"
     if state.is_off:
         raise MemoryNotSaved(f"{vm.name} is off; it has no memory to save", hint="leave --memory away")
+    await vm.driver.check_memory_save()
     if wanted == "paused" or state is VMState.PAUSED:
         return "paused"  # a paused VM is saved as it stands: it would be resumed by a background save
     await vm.driver.check_background_save()
@@ -292,7 +278,10 @@ async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | Non
         entry.advance("prepared")
         _name_overlays(vm, prepared)
         point("create.named")
-        await vm.driver.align(vm.catalog.active_chains())
+        foreign = await vm.driver.align(vm.catalog.active_chains())
+        if foreign:
+            raise ChainDamaged(f"{', '.join(foreign)} of {vm.name} was switched to other files by something else just now",
+                               hint=f"take them up: diskchain adopt {vm.name}")  # fmt: skip
         return _note_switched(vm, entry, prepared.snapshot, None, "")
     limit = None if prepared.save == "paused" else create_pause.LIMIT
     async with vm.driver.pause_guard(limit=limit) as guard:
@@ -340,7 +329,7 @@ def _warn_of_pause(snapshot: Snapshot, request: Request, progress: Progress) -> 
 
 async def finish(vm: VM, entry: Entry, snapshot: Snapshot, progress: Progress) -> Snapshot:
     """From `switched` or `saving` to the end. Called by `create` and by recovery."""
-    await vm.driver.align(vm.catalog.active_chains())
+    await align(vm, progress)
     if entry.state == "switched":
         if snapshot.memory.status == "failed":
             await save_memory.let_go_on(vm, snapshot)

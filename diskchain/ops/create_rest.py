@@ -38,7 +38,7 @@ async def resolve_prepared(vm: VM, entry: Entry, progress: Progress) -> tuple[st
     snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
     captured = state_files.finish_capture(vm, snapshot.id, definition_at(vm.home, snapshot))
     snapshot = note_frozen(vm, replace(snapshot, captured=captured))
-    await vm.driver.align(vm.catalog.active_chains())
+    await align(vm, progress)
     if snapshot.memory.status == "saving":
         return without_memory(vm, entry, "interrupted while the VM was paused")
     entry.close()
@@ -54,12 +54,20 @@ def without_memory(vm: VM, entry: Entry, why: str) -> tuple[str, str]:
     return "finished", f"without memory: {why}"
 
 
+async def align(vm: VM, progress: Progress) -> None:
+    """Let the next start write to the active layers; where something else put the VM onto other files, say so."""
+    for target in await vm.driver.align(vm.catalog.active_chains()):
+        progress.warn(
+            f"{target} of {vm.name} is defined with a file that diskchain does not know: diskchain adopt {vm.name}"
+        )
+
+
 async def _switched(vm: VM, entry: Entry) -> bool | None:
     """Whether the VM is on the new overlays, or starts on them next; None when it is off and nobody but the catalog
     decides that. Raise ChainDamaged when it is mixed.
     """
     off = (await vm.driver.state()).is_off
-    active = await (vm.driver.next_files() if off else vm.driver.active_files())
+    active = await (vm.driver.next_files() if off else vm.driver.written_files())
     if active is None:
         return None
     new = {t: image.path for t, image in planned_overlays(vm, entry).items()}
@@ -67,7 +75,17 @@ async def _switched(vm: VM, entry: Entry) -> bool | None:
     if 0 < count < len(new):
         raise ChainDamaged(f"{count} of {len(new)} disks of {vm.name} were switched; that can't be",
                            hint="stop the VM and keep every file")  # fmt: skip
-    return count > 0
+    return count > 0 or (off and _were_written(vm, entry))
+
+
+def _were_written(vm: VM, entry: Entry) -> bool:
+    """Whether the overlays of a VM that is off were in use, and last: its manager did not live to note the switch."""
+    overlays = planned_overlays(vm, entry)
+    below = [vm.catalog.images[i].path for t, i in entry.data["before"].items() if t in overlays]
+    there = [image.path for image in overlays.values() if image.path.exists()]
+    if all(layers.is_empty(path) for path in there):
+        return False
+    return max(p.stat().st_mtime_ns for p in there) >= max(p.stat().st_mtime_ns for p in below)
 
 
 async def wait_for_stray_save(vm: VM, entry: Entry, progress: Progress) -> None:
@@ -105,7 +123,7 @@ async def undo(vm: VM, entry: Entry) -> None:
         await vm.driver.end_memory_save()
     vm.reload()
     vm.save(without(vm.catalog, entry))
-    await vm.driver.align(vm.catalog.active_chains())
+    await vm.driver.align(vm.catalog.active_chains(), [image.path for image in overlays.values()])
     for image in overlays.values():
         if image.path.exists():
             if not layers.is_empty(image.path):

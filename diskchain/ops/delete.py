@@ -281,10 +281,10 @@ async def _relink_all(vm: VM, entry: Entry) -> None:
         for overlay in fold.overlays:
             await _relink(overlay, fold.into)
             point("delete.relinked-one")
-    catalog = vm.catalog
-    for fold in _folds(vm.catalog, entry):
+    catalog, folds = vm.catalog, _folds(vm.catalog, entry)
+    for fold in folds:
         catalog = catalog.folded(fold.target, fold.top.id, fold.into.id)
-    await vm.driver.align(catalog.active_chains())
+    await vm.driver.align(catalog.active_chains(), [fold.top.path for fold in folds])
     point("delete.aligned")
 
 

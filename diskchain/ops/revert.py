@@ -303,7 +303,7 @@ async def _runs_elsewhere(vm: VM, entry: Entry) -> bool:
     """Whether the VM runs on other layers than the new overlays: only a manager besides us can have started that."""
     if (await vm.driver.state()).is_off:
         return False
-    running = await vm.driver.active_files()
+    running = await vm.driver.written_files()
     return not any(running.get(t) == image.path for t, image in _overlays(vm, entry).items())
 
 
@@ -323,7 +323,7 @@ async def _end_untouched(vm: VM, overlays: dict[str, Image]) -> None:
 
 
 async def _is_on(vm: VM, overlays: Mapping[str, Image]) -> bool:
-    active = (await vm.driver.active_files()).values()
+    active = (await vm.driver.written_files()).values()
     return any(image.path in active for image in overlays.values())
 
 

@@ -86,6 +86,8 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         await asyncio.to_thread(_verify_present, vm.catalog, snapshot.name)
     if state.is_off:
         layers.refuse_foreign_writers(vm.catalog)
+    else:
+        await vm.verify_running(same_disks=False)
     definition = vm.driver.renewed(definition)
     missing = vm.driver.missing_files(definition)
     if missing:
@@ -100,6 +102,8 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     warnings = vm.driver.memory_loads_with(definition) if with_memory else []
     keep = None if request.discard else _keep(vm.catalog, request, state)
     if keep:
+        if keep.memory.status == "saving":
+            await vm.driver.check_memory_save()
         await state_files.check_can_keep(vm, with_memory=keep.memory.status == "saving")
     overlays = layers.plan_overlays(vm.catalog, disks.on)
     _check_space(vm, overlays, keep)

@@ -154,6 +154,8 @@ async def seal(home: Home, snapshot_id: str, seconds: float) -> Memory:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             size = os.fstat(fd).st_size
+            if await asyncio.to_thread(memory_file.ran, fd):
+                raise MemoryNotSaved("the VM was resumed by something else before its memory was captured")
             os.ftruncate(fd, size)  # gives back what was reserved beyond the end
             await asyncio.to_thread(memory_file.seal, fd)
             point("memory.sealed")

@@ -77,6 +77,25 @@ class VM:
                 raise ChainDamaged(f"{target} of {self.name} is defined with {path}, the catalog says {says or 'nothing'}",
                                    hint=f"changed by something else; take it up: diskchain adopt {self.name}")  # fmt: skip
 
+    async def verify_running(self, *, same_disks: bool = True) -> None:
+        """Compare what the hypervisor writes to with the catalog. Raise ChainDamaged when they differ.
+
+        Without `same_disks` it may have others besides those of the catalog, and lack some.
+        """
+        found = await self.driver.written_files()
+        missing = sorted(set(self.catalog.active) - set(found))
+        if missing and same_disks:
+            raise ChainDamaged(f"the running {self.name} has no disk {', '.join(missing)}, the catalog says it has",
+                               hint="was a machine define cut off? repeat it, with the VM off")  # fmt: skip
+        for target, path in found.items():
+            known = self.catalog.active.get(target)
+            if known is None and not same_disks:
+                continue
+            if known is None or self.catalog.images[known].path != path:
+                raise ChainDamaged(f"{target} of {self.name} writes to {path}, the catalog says "
+                                   f"{self.catalog.images[known].path if known else 'nothing'}",
+                                   hint="something else than diskchain switched its disks; stop the VM and look")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Neighbour:
@@ -134,10 +153,13 @@ class Host:
         place = self.places.find(name)
         if place.domain:
             refuse_managed(place.name)
-        with self._first_lock(name, operation, wait) as first:
-            made = self._adopt(name) if adopt and first else None
+        with self._first_lock(place, operation, wait) as first:
+            made = None
+            if first:  # somebody may have made the records while we waited
+                place = self.places.find(name)
+                made = self._adopt(place) if adopt else None
             try:
-                async with self._changing(name, operation, wait) as vm:
+                async with self._changing(name, place.home or made, operation, wait) as vm:
                     yield vm
             except BaseException:
                 if made is not None and not catalog_store.load(made).snapshots and not journal.is_open(made):
@@ -145,8 +167,9 @@ class Host:
                 raise
 
     @contextlib.asynccontextmanager
-    async def _changing(self, name: str, operation: str, wait: float) -> AsyncIterator[VM]:
-        with self._lock(name, operation, wait):
+    async def _changing(self, name: str, home: Home | None, operation: str, wait: float) -> AsyncIterator[VM]:
+        """Look the VM up once more, under the lock: what it was before may have changed while we waited."""
+        with self._lock(name, home, operation, wait):
             vm = self._open(name, socket="qmp")
             before = journal.contents(vm.home)
             try:
@@ -157,27 +180,27 @@ class Host:
                 await vm.driver.close()
 
     @contextlib.contextmanager
-    def _first_lock(self, name: str, operation: str, wait: float) -> Iterator[bool]:
+    def _first_lock(self, place: Place, operation: str, wait: float) -> Iterator[bool]:
         """The lock of a domain without records: it keeps two commands from making them at once. Yield whether it is one."""
-        place = self.places.find(name)
         if place.home is not None:
             yield False
             return
         directory = self.config.run_dir / "domains"
         with files.os_errors(directory, "create"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with vm_lock(directory / f"{place.uuid}.lock", f"{operation} {name}", wait=wait):
+        with vm_lock(directory / f"{place.uuid}.lock", f"{operation} {place.name}", wait=wait):
             yield True
 
-    def _lock(self, name: str, operation: str, wait: float) -> contextlib.AbstractContextManager[None]:
-        place = self.places.find(name)
-        if place.home is None:
+    def _lock(
+        self, name: str, home: Home | None, operation: str, wait: float
+    ) -> contextlib.AbstractContextManager[None]:
+        if home is None:
             return contextlib.nullcontext()  # the first lock is held
-        return vm_lock(self._home(place).lock, f"{operation} {name}", wait=wait)
+        _refuse_gone(name, home)
+        return vm_lock(home.lock, f"{operation} {name}", wait=wait)
 
-    def _adopt(self, name: str) -> Home | None:
+    def _adopt(self, place: Place) -> Home | None:
         """Make the records of a domain that has none, and return them. The first lock is held."""
-        place = self.places.find(name)
         if place.home is None and place.domain:
             catalog, home = catalog_of(place.domain, self.config.image_roots), new_home(place.domain)
             with files.os_errors(home.path, "create"):
@@ -189,9 +212,8 @@ class Host:
     def _home(self, place: Place) -> Home:
         home = place.home or (new_home(place.domain) if place.domain else None)
         assert home
-        if place.home is not None and not home.path.is_dir():
-            raise ChainDamaged(f"the records of {place.name} are gone: {home.path} does not exist",
-                               hint="bring the directory back from a backup; the images themselves are plain qcow2")  # fmt: skip
+        if place.home is not None:
+            _refuse_gone(place.name, home)
         return home
 
     def _open(self, name: str, *, socket: str) -> VM:
@@ -208,6 +230,12 @@ class Host:
             raise ChainDamaged(f"{home.catalog} is the catalog of another VM ({vm.catalog.name}, {vm.catalog.uuid})",
                                hint="bring the right one back; RECOVER.txt beside it lists the chain")  # fmt: skip
         return vm
+
+
+def _refuse_gone(name: str, home: Home) -> None:
+    if not home.path.is_dir():
+        raise ChainDamaged(f"the records of {name} are gone: {home.path} does not exist",
+                           hint="bring the directory back from a backup; the images themselves are plain qcow2")  # fmt: skip
 
 
 def _honest(vm: VM, error: DiskchainError | OSError, before: Mapping[str, bytes]) -> DiskchainError:

@@ -22,6 +22,8 @@ _HEADER = struct.Struct("=16sIIIII56x")
 _PART, _SAVE = b"LibvirtQemudPart", b"LibvirtQemudSave"
 _SPARE = 64 << 10
 _PIECE = 4 << 20
+_RUN_STATE = b"\x0bglobalstate" + struct.pack(">II", 0, 1)  # name, instance, version; then the length and the text
+_RUNNING = struct.pack(">I", 8) + b"running\0"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,23 @@ def stream_digest(fd: int, stream: int) -> str:
         digest.update(piece)
         offset += len(piece)
     return digest.hexdigest()
+
+
+def ran(fd: int) -> bool:
+    """Given a finished stream, say whether the VM's CPUs ran at its instant: then it is not that of the frozen disks.
+
+    QEMU notes its run state in the section `globalstate` (migration/global_state.c), which comes after all memory. Without
+    such a section: False.
+    """
+    end = os.fstat(fd).st_size
+    while end > 0:
+        begin = max(0, end - _PIECE)
+        piece = os.pread(fd, end - begin + len(_RUN_STATE) + 112, begin)
+        found = piece.rfind(_RUN_STATE)
+        if found >= 0:
+            return piece[found + len(_RUN_STATE) :].startswith(_RUNNING)
+        end = begin
+    return False
 
 
 def verify_outside(path: Path, size: int) -> None:

@@ -1,4 +1,4 @@
-"""What every driver must do with a guest agent. A new driver joins DRIVERS (test_driver.py) and passes this unchanged.
+"""What every driver must do with a guest agent. A new driver joins DRIVERS (cases.py) and passes this unchanged.
 
 One guest for each driver: the real agent, and a program that writes to a file system on vdb all the time.
 """
@@ -16,14 +16,15 @@ import pytest
 
 from diskchain.drivers.protocol import Driver
 from diskchain.errors import AgentFailed, AgentMissing, Refused
-from tests.contract.test_driver import DRIVERS, QemuCase, base_chains, play, started
+from tests.contract.cases import DRIVERS, Case
+from tests.contract.test_driver import base_chains, play, started
 from tests.support.console import Console
 
 
 @pytest.fixture(scope="module", params=sorted(DRIVERS))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuCase]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """One driver and its machine, which runs."""
-    found = DRIVERS[request.param](tmp_path_factory.mktemp("agent"))
+    found = DRIVERS[request.param](tmp_path_factory.mktemp("agent"), request)
     found.give_agent()
 
     async def story(driver: Driver, console: Console) -> None:
@@ -49,7 +50,7 @@ async def stands(console: Console) -> bool:
     return not any(line.startswith("F ") for _, line in console.lines(mark))
 
 
-def test_guard_freezes_and_thaws_and_counts(case: QemuCase) -> None:
+def test_guard_freezes_and_thaws_and_counts(case: Case) -> None:
     """Frozen = the guest's program waits; thawed = it goes on. The counts agree."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -66,7 +67,7 @@ def test_guard_freezes_and_thaws_and_counts(case: QemuCase) -> None:
     play(case, story)
 
 
-def test_guard_left_frozen_thaws_and_so_it_does_when_it_was_killed(case: QemuCase) -> None:
+def test_guard_left_frozen_thaws_and_so_it_does_when_it_was_killed(case: Case) -> None:
     """The end of the guard is what our death looks like to it; a guard that is killed leaves the thaw to us."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -88,21 +89,21 @@ def test_guard_left_frozen_thaws_and_so_it_does_when_it_was_killed(case: QemuCas
     play(case, story)
 
 
-def kill_guards(case: QemuCase) -> None:
-    """SIGKILL every process of the guard; whoever guards, names the machine's directory."""
+def kill_guards(case: Case) -> None:
+    """SIGKILL every process of the guard; whoever guards, names the VM."""
     killed = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"watchdog" in words and os.fsencode(case.run) in words:
+        if b"watchdog" in words and os.fsencode(case.guard_word) in words:
             os.kill(int(process.name), signal.SIGKILL)
             killed += 1
     assert killed
 
 
-def test_guard_counts_nothing_when_the_guest_was_thawed_behind_its_back(case: QemuCase) -> None:
+def test_guard_counts_nothing_when_the_guest_was_thawed_behind_its_back(case: Case) -> None:
     """A second driver thaws while a guard (killed) holds it: nothing was frozen until now."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -118,7 +119,7 @@ def test_guard_counts_nothing_when_the_guest_was_thawed_behind_its_back(case: Qe
     play(case, story)
 
 
-def test_freeze_twice_is_refused_beforehand(case: QemuCase) -> None:
+def test_freeze_twice_is_refused_beforehand(case: Case) -> None:
     """What is frozen already belongs to somebody else."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -131,7 +132,7 @@ def test_freeze_twice_is_refused_beforehand(case: QemuCase) -> None:
     play(case, story)
 
 
-def test_set_clock_puts_a_clock_right_that_stood_still(case: QemuCase) -> None:
+def test_set_clock_puts_a_clock_right_that_stood_still(case: Case) -> None:
     """A paused guest's clock stands; set, it is ours again."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -145,9 +146,10 @@ def test_set_clock_puts_a_clock_right_that_stood_still(case: QemuCase) -> None:
     play(case, story)
 
 
-def test_agent_that_is_not_there_is_missing(tmp_path: Path) -> None:
-    """A machine without a channel: said at once."""
-    case = DRIVERS["qemu"](tmp_path)
+@pytest.mark.parametrize("name", sorted(DRIVERS))
+def test_agent_that_is_not_there_is_missing(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
+    """A VM without a channel: said at once."""
+    case = DRIVERS[name](tmp_path, request)
 
     async def story(driver: Driver, console: Console) -> None:
         await started(driver, case, console)

@@ -1,4 +1,4 @@
-"""What every driver must do. A new driver joins DRIVERS and passes this file unchanged.
+"""What every driver must do. A new driver joins DRIVERS (cases.py) and passes this file unchanged.
 
 A case opens a real VM with the counting guest on two disks; what is checked is what the guest and the files show.
 """
@@ -6,101 +6,35 @@ A case opens a real VM with the counting guest on two disks; what is checked is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import shutil
 import subprocess
-import tempfile
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diskchain.chain.machine import DiskSpec, Machine, NetSpec
 from diskchain.chain.model import Image
-from diskchain.drivers import accel
-from diskchain.drivers.machines import Machines, Registered
 from diskchain.drivers.protocol import Driver, VMState
-from diskchain.drivers.qemu import QemuDriver
 from diskchain.errors import DiskchainError, DriverFailed
+from diskchain.store import memory_file
+from tests.contract.cases import DRIVERS, Case
 from tests.support.console import Console
-from tests.support.guest import boot_words, guest_files
 
 COUNT = r"^C (\d+) bad="
-MiB = 1 << 20
-
-
-class QemuCase:
-    """The embedded driver with a machine of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self.dir = directory
-        self.run = Path(tempfile.mkdtemp(prefix="dc-", dir="/tmp"))
-        self.home = directory / "home"
-        self.home.mkdir()
-        self.console_path = self.home / "console.log"
-        kernel, initrd = (str(p) for p in guest_files())
-        self.bases = {t: self.image(t, None) for t in ("vda", "vdb")}
-        machine = Machine(
-            name="contract", memory=128 * MiB, uuid=str(uuid.uuid4()), accel="tcg",
-            machine=asyncio.run(accel.versioned_machine("q35")), genid=str(uuid.uuid4()),
-            kernel=kernel, initrd=initrd, append=boot_words("cnt,tick"),
-            disks=tuple(DiskSpec(t, str(i.path), "qcow2") for t, i in self.bases.items()),
-            nets=(NetSpec(mac="52:54:00:00:00:01"),),
-        )  # fmt: skip
-        self.machines = Machines(directory / "state")
-        self.registered = Registered(machine, self.home, "contract.toml")
-        self.machines.put(self.registered)
-
-    def give_agent(self) -> None:
-        """Before the first start: the guest agent's channel, an agent, and a program that writes to an ext4 on vdb."""
-        raw, qcow2 = self.dir / "ext4.raw", self.bases["vdb"].path
-        subprocess.run(["mkfs.ext4", "-q", "-F", raw, "64M"], check=True)
-        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, qcow2], check=True)
-        raw.unlink()
-        machine = replace(self.registered.machine, agent=True, initrd=str(guest_files(agent=True)[1]),
-                          append=boot_words("tick,fsvdb,agent"))  # fmt: skip
-        self.registered = replace(self.registered, machine=machine)
-        self.machines.put(self.registered)
-
-    def image(self, target: str, backing: Image | None) -> Image:
-        """Make a base, or an overlay."""
-        name = f"{target}.{len(list(self.dir.glob('*.qcow2')))}.qcow2"
-        on = ["-b", str(backing.path), "-F", "qcow2"] if backing else []
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *on, name, "64M"], cwd=self.dir, check=True)
-        return Image(name.replace(".", ""), self.dir / name, "qcow2", target, 64 * MiB, backing.id if backing else None)
-
-    def overlays(self, on: Mapping[str, Image]) -> dict[str, Image]:
-        """An overlay for every disk."""
-        return {t: self.image(t, image) for t, image in on.items()}
-
-    def open(self) -> Driver:
-        """Return the driver."""
-        return QemuDriver(self.registered, self.machines, self.run)
-
-    def cleanup(self) -> None:
-        """Kill what is left."""
-        process = QemuDriver(self.registered, self.machines, self.run).process()
-        if process:
-            process.kill()
-        shutil.rmtree(self.run, ignore_errors=True)
-
-
-DRIVERS: dict[str, Callable[[Path], QemuCase]] = {"qemu": QemuCase}
 
 
 @pytest.fixture(params=sorted(DRIVERS))
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[QemuCase]:
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     """One driver and its machine."""
-    found = DRIVERS[request.param](tmp_path)
+    found = DRIVERS[request.param](tmp_path, request)
     yield found
     found.cleanup()
 
 
-def play(case: QemuCase, story: Callable[[Driver, Console], Awaitable[Any]]) -> None:
+def play(case: Case, story: Callable[[Driver, Console], Awaitable[Any]]) -> None:
     """Run a story with an open driver and the guest's console."""
 
     async def run() -> None:
@@ -119,18 +53,23 @@ def chains(*tops: tuple[Image, ...]) -> dict[str, tuple[Image, ...]]:
     return {c[0].target: c for c in tops}
 
 
-def base_chains(case: QemuCase) -> dict[str, tuple[Image, ...]]:
+def paths(images: Mapping[str, Image]) -> dict[str, Path]:
+    """Their files."""
+    return {target: image.path for target, image in images.items()}
+
+
+def base_chains(case: Case) -> dict[str, tuple[Image, ...]]:
     """The chains of a fresh machine."""
     return {t: (image,) for t, image in case.bases.items()}
 
 
-async def started(driver: Driver, case: QemuCase, console: Console) -> None:
+async def started(driver: Driver, case: Case, console: Console) -> None:
     """Start and wait until the guest counts."""
     await driver.start(base_chains(case))
     await asyncio.to_thread(console.wait, r"^C 50 bad=")
 
 
-def test_power_states_follow_the_verbs(case: QemuCase) -> None:
+def test_power_states_follow_the_verbs(case: Case) -> None:
     """off -> running -> paused -> running -> off, each as asked afresh."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -148,7 +87,7 @@ def test_power_states_follow_the_verbs(case: QemuCase) -> None:
     play(case, story)
 
 
-def test_start_paused_runs_nothing_until_resumed(case: QemuCase) -> None:
+def test_start_paused_runs_nothing_until_resumed(case: Case) -> None:
     """The guest's console stays empty."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -161,7 +100,7 @@ def test_start_paused_runs_nothing_until_resumed(case: QemuCase) -> None:
     play(case, story)
 
 
-def test_power_off_presses_the_button_and_waits(case: QemuCase) -> None:
+def test_power_off_presses_the_button_and_waits(case: Case) -> None:
     """The guest shuts down by itself."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -173,28 +112,31 @@ def test_power_off_presses_the_button_and_waits(case: QemuCase) -> None:
     play(case, story)
 
 
-def test_start_on_a_used_image_fails_with_the_reason(case: QemuCase) -> None:
+@contextlib.contextmanager
+def held(image: Path) -> Iterator[None]:
+    """While somebody else has an image open."""
+    with subprocess.Popen(["qemu-io", "-f", "qcow2", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin and holder.stdout
+        holder.stdin.write(b"read 0 512\n")
+        holder.stdin.flush()
+        holder.stdout.readline()
+        yield
+        holder.kill()
+
+
+def test_start_on_a_used_image_fails_with_the_reason(case: Case) -> None:
     """The hypervisor's own words reach the admin, and nothing stays behind."""
 
     async def story(driver: Driver, console: Console) -> None:
-        held = subprocess.Popen(
-            ["qemu-io", "-f", "qcow2", str(case.bases["vda"].path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        try:
-            assert held.stdin and held.stdout
-            held.stdin.write(b"read 0 512\n")
-            held.stdin.flush()
-            held.stdout.readline()
+        with held(case.bases["vda"].path):
             with pytest.raises(DriverFailed, match="lock"):
                 await driver.start(base_chains(case))
             assert await driver.state() is VMState.STOPPED
-        finally:
-            held.kill()
 
     play(case, story)
 
 
-def test_switch_disks_is_all_and_the_guest_counts_on(case: QemuCase) -> None:
+def test_switch_disks_is_all_and_the_guest_counts_on(case: Case) -> None:
     """After the switch the frozen images do not change any more, and the guest never sees a difference."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -204,7 +146,7 @@ def test_switch_disks_is_all_and_the_guest_counts_on(case: QemuCase) -> None:
         await driver.pause()
         await driver.switch_disks(overlays)
         await driver.resume()
-        assert await driver.active_files() == {t: i.path for t, i in overlays.items()}
+        assert await driver.active_files() == await driver.written_files() == paths(overlays)
         frozen = [i.path.read_bytes() for i in case.bases.values()]
         now = console.counter() or 0
         await asyncio.to_thread(console.wait, rf"^C {now + 100} bad=")
@@ -214,26 +156,26 @@ def test_switch_disks_is_all_and_the_guest_counts_on(case: QemuCase) -> None:
     play(case, story)
 
 
-def test_switch_disks_fails_as_a_whole(case: QemuCase) -> None:
-    """One disk can't: none is switched, and what was prepared can be taken back."""
+def test_switch_disks_fails_as_a_whole(case: Case) -> None:
+    """One disk can't (somebody has its overlay): none is switched, and what was prepared can be taken back."""
 
     async def story(driver: Driver, console: Console) -> None:
         await started(driver, case, console)
         overlays = case.overlays(case.bases)
-        await driver.prepare_disks({"vda": overlays["vda"]})
-        with pytest.raises(DiskchainError):
+        with held(overlays["vdb"].path), pytest.raises(DiskchainError):
+            await driver.prepare_disks(overlays)
             await driver.switch_disks(overlays)
-        assert await driver.active_files() == {t: i.path for t, i in case.bases.items()}
+        assert await driver.active_files() == await driver.written_files() == paths(case.bases)
         await driver.forget_prepared(overlays)
         await driver.prepare_disks(overlays)
         await driver.switch_disks(overlays)
-        assert await driver.active_files() == {t: i.path for t, i in overlays.items()}
+        assert await driver.active_files() == await driver.written_files() == paths(overlays)
 
     play(case, story)
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_saved_memory_and_frozen_disks_are_one_instant(case: QemuCase, background: bool) -> None:
+def test_saved_memory_and_frozen_disks_are_one_instant(case: Case, background: bool) -> None:
     """Save memory at the switch, let the guest go on, load it on other overlays: it counts on from the instant."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -241,6 +183,7 @@ def test_saved_memory_and_frozen_disks_are_one_instant(case: QemuCase, backgroun
         overlays = case.overlays(case.bases)
         definition = await driver.live_definition()
         fd = os.open(case.dir / "memory", os.O_RDWR | os.O_CREAT, 0o600)
+        stream = memory_file.write_header(fd, await driver.memory_label(paths(overlays)), was_running=True)
         await driver.prepare_disks(overlays)
         await driver.prepare_memory_save(fd, background=background)
         await driver.pause()
@@ -259,7 +202,8 @@ def test_saved_memory_and_frozen_disks_are_one_instant(case: QemuCase, backgroun
         await driver.kill()
         again = case.overlays(case.bases)
         mark = console.mark()
-        os.lseek(fd, 0, os.SEEK_SET)
+        memory_file.seal(fd)
+        os.lseek(fd, stream, os.SEEK_SET)
         await driver.start_from_memory(definition, {t: (i, case.bases[t]) for t, i in again.items()}, fd)
         assert await driver.state() is VMState.PAUSED
         await driver.resume()
@@ -271,7 +215,7 @@ def test_saved_memory_and_frozen_disks_are_one_instant(case: QemuCase, backgroun
     play(case, story)
 
 
-def test_memory_that_is_none_is_refused_and_the_vm_is_off(case: QemuCase) -> None:
+def test_memory_that_is_none_is_refused_and_the_vm_is_off(case: Case) -> None:
     """Garbage instead of a stream: an error in words, no VM left behind."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -288,7 +232,7 @@ def test_memory_that_is_none_is_refused_and_the_vm_is_off(case: QemuCase) -> Non
     play(case, story)
 
 
-def test_pause_guard_lets_the_vm_go_on_after_its_limit_and_on_our_death(case: QemuCase) -> None:
+def test_pause_guard_lets_the_vm_go_on_after_its_limit_and_on_our_death(case: Case) -> None:
     """Armed and forgotten: it fires. Armed and disarmed: it does not."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -315,7 +259,7 @@ def test_pause_guard_lets_the_vm_go_on_after_its_limit_and_on_our_death(case: Qe
     play(case, story)
 
 
-def test_a_plain_machine_keeps_nothing_besides_disks_and_memory(case: QemuCase) -> None:
+def test_a_plain_machine_keeps_nothing_besides_disks_and_memory(case: Case) -> None:
     """No state files, no helpers to miss, nothing that keeps its memory from loading."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -328,7 +272,7 @@ def test_a_plain_machine_keeps_nothing_besides_disks_and_memory(case: QemuCase) 
     play(case, story)
 
 
-def test_definition_survives_define_and_says_what_differs(case: QemuCase) -> None:
+def test_definition_survives_define_and_says_what_differs(case: Case) -> None:
     """What is defined is what comes back; differences are words."""
 
     async def story(driver: Driver, console: Console) -> None:
@@ -341,9 +285,7 @@ def test_definition_survives_define_and_says_what_differs(case: QemuCase) -> Non
         assert driver.definition() == old
 
     play(case, story)
-    later = replace(case.registered.machine, machine="pc-q35-99.0")
-    coming = QemuDriver(replace(case.registered, machine=later), case.machines, case.run).definition()
-    assert "no machine type pc-q35-99.0" in asyncio.run(case.open().unsupported(coming))[0]
-    bigger = replace(case.registered.machine, memory=256 * MiB)
-    other = QemuDriver(replace(case.registered, machine=bigger), case.machines, case.run)
-    assert other.differences(case.open().definition(), other.definition()) == ["memory 128 MiB -> 256 MiB"]
+    driver = case.open()
+    coming = case.altered(machine="pc-q35-99.0")
+    assert "no machine type pc-q35-99.0" in asyncio.run(driver.unsupported(coming))[0]
+    assert driver.differences(driver.definition(), case.altered(memory=256)) == ["memory 128 MiB -> 256 MiB"]

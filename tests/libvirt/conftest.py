@@ -1,4 +1,4 @@
-"""One private libvirtd for the session, a domain for each test."""
+"""A domain for each test, on the session's private libvirtd (tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ from tests.support.domain import DomainRig
 from tests.support.libvirtd import Libvirtd
 
 
-@pytest.fixture(scope="session")
-def daemon() -> Iterator[Libvirtd]:
-    """The daemon."""
-    found = Libvirtd()
-    found.start()
-    yield found
-    found.destroy()
-
-
 @pytest.fixture
 def domain(daemon: Libvirtd, tmp_path: Path) -> Iterator[Callable[..., DomainRig]]:
-    """Make domains: `domain(size=..., modes=...)`; they are built and destroyed at the end."""
+    """Make domains: `domain(size=..., modes=...)`; they are built and destroyed at the end.
+
+    At that end libvirt's XML, the headers and our catalog must agree, unless the test says `rig.broken = True`.
+    """
     made: list[DomainRig] = []
 
     def make(*, guest: bool = True, **options: Any) -> DomainRig:
@@ -33,5 +27,11 @@ def domain(daemon: Libvirtd, tmp_path: Path) -> Iterator[Callable[..., DomainRig
         return rig
 
     yield make
-    for rig in made:
-        rig.destroy()
+    try:
+        wrong = [
+            f"{rig.dir.name}: {what}" for rig in made if not rig.broken and rig.exists() for what in rig.agreement()
+        ]
+    finally:
+        for rig in made:
+            rig.destroy()
+    assert wrong == []

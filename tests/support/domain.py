@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ class DomainRig(Rig):
     """One domain in one directory. `build` defines it with virsh, as an admin would."""
 
     daemon: Libvirtd | None = None
+    broken: bool = False  # libvirt, headers and catalog disagree at the end, on purpose
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,7 +36,7 @@ class DomainRig(Rig):
 
     def xml(self, *, guest: bool = True, disks: str | None = None) -> str:
         """The domain's definition."""
-        kernel, initrd = guest_files()
+        kernel, initrd = guest_files(agent=self.agent)
         boot = (
             f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{boot_words(self.modes)}</cmdline>"
             if guest
@@ -56,10 +58,16 @@ class DomainRig(Rig):
     {self.disk_xml() if disks is None else disks}
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
+    {self.channel_xml()}
     <serial type='file'><source path='{self.dir}/console.log' append='on'/><target port='0'/></serial>
   </devices>
 </domain>
 """
+
+    def channel_xml(self) -> str:
+        """The guest agent's."""
+        channel = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+        return channel if self.agent else ""
 
     def disk_xml(self) -> str:
         """The `<disk>` elements."""
@@ -90,15 +98,39 @@ class DomainRig(Rig):
         return super().active() if known else self.sources(inactive=True)
 
     def agreement(self) -> list[str]:
-        """libvirt's XML (live and persistent) and our catalog name the same layers; return where they don't."""
+        """libvirt's XML (live and persistent), headers and our catalog name the same layers; return where they don't."""
         active = self.active()
         wrong = [f"persistent {t}: {p}" for t, p in self.sources(inactive=True).items() if active.get(t) != p]
         wrong += [f"live {t}: {p}" for t, p in self.sources().items() if active.get(t) != p]
+        return wrong + self.header_agreement()
+
+    def header_agreement(self) -> list[str]:
+        """The backing files that the headers name are those of the catalog; return where they aren't."""
+        if not any(self.dir.glob(".diskchain/*/catalog.json")):
+            return []
+        images, wrong = self.catalog()["images"], []
+        for image in images.values():
+            path, below = self.path_of(image), image["backing"] and self.path_of(images[image["backing"]])
+            if path.suffix == ".qcow2" and path.exists():
+                info = json.loads(self.qemu_img("info", "-U", "--output=json", str(path)))
+                named = info.get("full-backing-filename")
+                if (Path(named) if named else None) != (below or None):
+                    wrong.append(f"header of {path.name}: {named}, the catalog says {below}")
         return wrong
 
     def verdict(self, *, present: str | None = None) -> list[str]:
         """The usual verdict, and the agreement."""
         return super().verdict(present=present) + self.agreement()
+
+    def monitor(self) -> Path:
+        """QEMU's socket, to which the daemon connects."""
+        assert self.daemon
+        (path,) = (self.daemon.dir / "lib" / "qemu").glob(f"domain-*-{self.name}/monitor.sock")
+        return path
+
+    def exists(self) -> bool:
+        """Whether libvirt knows it."""
+        return self.name in self.virsh("list", "--all", "--name").split()
 
     def console(self) -> Path:
         """The console log."""
