@@ -17,7 +17,7 @@ libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it prints e
 
 _LOST = {
     libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_AUTH_FAILED,
-    libvirt.VIR_ERR_AUTH_UNAVAILABLE, libvirt.VIR_ERR_AUTH_CANCELLED, libvirt.VIR_ERR_SYSTEM_ERROR,
+    libvirt.VIR_ERR_AUTH_UNAVAILABLE, libvirt.VIR_ERR_AUTH_CANCELLED,
 }  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def translated(error: libvirt.libvirtError, what: str) -> DiskchainError:
     code, text = error.get_error_code(), str(error.get_error_message() or error)
     if code == libvirt.VIR_ERR_NO_DOMAIN:
         return NotFound(f"libvirt has no such domain: {text}", hint="virsh list --all")
-    if code in _LOST:
+    if code in _LOST or error.get_error_domain() == libvirt.VIR_FROM_RPC:  # "client socket is closed" is an internal error
         return Unreachable(f"libvirt can't be reached to {what}: {text}", hint="is libvirtd running? virsh list --all")
     if code in (libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_ACCESS_DENIED):
         return Refused(

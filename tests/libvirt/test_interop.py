@@ -7,6 +7,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.support.domain import DomainRig
 from tests.support.libvirtd import Libvirtd
 from tests.support.refusals import picture, refused
@@ -76,6 +78,23 @@ def test_transient_domain_is_snapshotted_but_never_ended(domain: Make) -> None:
     rig.virsh("define", str(xml))
     rig.ok("revert", "vm", "s0", "-y", "--stopped")
     assert rig.agreement() == [] and rig.virsh("domstate", "vm") == "shut off"
+
+
+@pytest.mark.parametrize("words", ["--memory", "--memory=paused"])
+def test_device_of_the_host_keeps_memory_out_before_anything_changes(domain: Make, words: str) -> None:
+    """What is passed to the guest has a state of its own: exit 6 and the way without memory."""
+    rig = domain(guest=False, size=SMALL)
+    rig.virsh("start", "vm", "--paused")
+    status = next((rig.daemon.dir / "run" / "qemu").glob("vm.xml")) if rig.daemon else Path()
+    rig.daemon.stop() if rig.daemon else None
+    device = "<hostdev mode='subsystem' type='mdev' model='vfio-pci'><source><address uuid='%s'/></source></hostdev>"
+    text = status.read_text().replace("</devices>", device % "5a3f8f6e-0000-4000-8000-000000000001" + "</devices>", 1)
+    status.write_text(text)
+    rig.daemon.start() if rig.daemon else None
+    before = picture(rig.dir)
+    refused(rig, "create", "vm", "s0", words, code=6, says="--disk-only")
+    assert picture(rig.dir) == before
+    rig.ok("create", "vm", "s0", "--disk-only")
 
 
 def test_generation_id_is_new_after_a_revert(domain: Make) -> None:

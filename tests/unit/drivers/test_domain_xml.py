@@ -45,7 +45,7 @@ XML = """<domain type='kvm' id='3'>
     <disk type='file' device='disk'><driver type='vmdk'/><source file='/vm/v.vmdk'/><target dev='vdg'/></disk>
     <interface type='network'><mac address='52:54:00:00:00:01'/></interface>
     <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>
-    <hostdev mode='subsystem' type='pci'/>
+    <hostdev mode='subsystem' type='pci'/><hostdev mode='subsystem' type='usb'/>
   </devices>
 </domain>
 """
@@ -138,3 +138,8 @@ def test_name_and_generation_id_are_replaced_where_they_are() -> None:
     assert domain_xml.with_genid(XML, "new") == XML
     there = XML.replace("<vcpu", "<genid>old</genid><vcpu", 1)
     assert domain_xml.parse(domain_xml.with_genid(there, "new")).findtext("genid") == "new"
+
+
+def test_aliases_are_those_of_disks_that_have_one() -> None:
+    """libvirt gives them at the start."""
+    assert domain_xml.aliases(XML) == {"vda": "virtio-disk0"}

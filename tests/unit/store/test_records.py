@@ -157,3 +157,21 @@ def test_a_memory_file_that_is_not_what_was_saved_is_refused(tmp_path: Path, cha
     with pytest.raises(MemoryDamaged) as caught:
         memory_file.open_verified(path, size, digest)
     assert caught.value.hint and isinstance(caught.value, DiskchainError)
+
+
+@pytest.mark.parametrize("tail", [0, 300, (8 << 20) + 5, (4 << 20) - 20])
+def test_memory_says_whether_the_guest_ran_at_its_instant(tmp_path: Path, tail: int) -> None:
+    """The last section counts: the guest's own memory may hold the copy of another stream."""
+
+    def section(state: bytes) -> bytes:
+        head = b"\x04\x00\x00\x00\x02\x0bglobalstate\x00\x00\x00\x00\x00\x00\x00\x01"
+        return head + (len(state) + 1).to_bytes(4, "big") + state.ljust(100, b"\0")
+
+    for first, last, ran in ((b"running", b"paused", False), (b"paused", b"running", True)):
+        path = tmp_path / last.decode()
+        path.write_bytes(b"QEVM" + section(first) + bytes(5 << 20) + section(last) + bytes(tail))
+        with path.open("rb") as file:
+            assert memory_file.ran(file.fileno()) is ran
+    path.write_bytes(bytes(100))
+    with path.open("rb") as file:
+        assert memory_file.ran(file.fileno()) is False
