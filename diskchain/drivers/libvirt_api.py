@@ -26,7 +26,9 @@ def translated(error: libvirt.libvirtError, what: str) -> DiskchainError:
     code, text = error.get_error_code(), str(error.get_error_message() or error)
     if code == libvirt.VIR_ERR_NO_DOMAIN:
         return NotFound(f"libvirt has no such domain: {text}", hint="virsh list --all")
-    if code in _LOST or error.get_error_domain() == libvirt.VIR_FROM_RPC:  # "client socket is closed" is an internal error
+    if (
+        code in _LOST or error.get_error_domain() == libvirt.VIR_FROM_RPC
+    ):  # "client socket is closed" is an internal error
         return Unreachable(f"libvirt can't be reached to {what}: {text}", hint="is libvirtd running? virsh list --all")
     if code in (libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_ACCESS_DENIED):
         return Refused(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import subprocess
 import time
@@ -115,7 +116,8 @@ def test_power_off_presses_the_button_and_waits(case: Case) -> None:
 @contextlib.contextmanager
 def held(image: Path) -> Iterator[None]:
     """While somebody else has an image open."""
-    with subprocess.Popen(["qemu-io", "-f", "qcow2", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    name = json.dumps({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": str(image)}})
+    with subprocess.Popen(["qemu-io", f"json:{name}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdin and holder.stdout
         holder.stdin.write(b"read 0 512\n")
         holder.stdin.flush()

@@ -30,7 +30,8 @@ def tapped(domain: Make, daemon: Libvirtd) -> Iterator[tuple[DomainRig, MonitorT
     """A paused domain, and a proxy between the daemon and its QEMU."""
     rig = paused(domain)
     rig.remember("now")
-    rig.expected["s0"] = rig.expected["now"]
+    rig.expected["before"] = rig.expected["s0"] = rig.expected["now"]
+    rig.ok("create", "vm", "before", "--disk-only")
     daemon.stop()
     tap = MonitorTap(rig.monitor())
     try:
@@ -90,8 +91,8 @@ def test_libvirtd_and_qemu_killed_when_it_had_switched_what_the_guest_wrote_is_k
         assert pid
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
-        (overlay,) = set(rig.dir.glob("vda.*.qcow2"))
-        subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", overlay], check=True, capture_output=True)
+        command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", str(rig.active()["vda"])]
+        subprocess.run(command, check=True, capture_output=True)
         rig.expected["now"] = {t: rig.digest(p) for t, p in rig.active().items()}
 
     code, err = created_while_killed(rig, tap, "transaction", end_qemu_which_had_written)
@@ -121,6 +122,7 @@ STEPS = ["create.prepared.after", "create.paused", "create.disks-switched", "cre
 def test_libvirtd_ends_in_a_create_with_memory_the_guest_counts_on(domain: Make, daemon: Libvirtd) -> None:
     """SIGTERM and SIGKILL before the pause, in it and in the save: success or a clear error, and `recover` ends it."""
     live = LiveDomain(domain())
+    live.rig.ok("create", "vm", "first", "--disk-only")
     cases = [(sig, point) for point in STEPS for sig in (signal.SIGKILL, signal.SIGTERM)]
     for number, (sig, point) in enumerate(some(cases, 4)):
 

@@ -7,8 +7,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.support.domain import DomainRig
 from tests.support.libvirtd import Libvirtd
 from tests.support.refusals import picture, refused
@@ -80,20 +78,21 @@ def test_transient_domain_is_snapshotted_but_never_ended(domain: Make) -> None:
     assert rig.agreement() == [] and rig.virsh("domstate", "vm") == "shut off"
 
 
-@pytest.mark.parametrize("words", ["--memory", "--memory=paused"])
-def test_device_of_the_host_keeps_memory_out_before_anything_changes(domain: Make, words: str) -> None:
+def test_device_of_the_host_keeps_memory_out_before_anything_changes(domain: Make, daemon: Libvirtd) -> None:
     """What is passed to the guest has a state of its own: exit 6 and the way without memory."""
     rig = domain(guest=False, size=SMALL)
+    rig.ok("create", "vm", "before")
     rig.virsh("start", "vm", "--paused")
-    status = next((rig.daemon.dir / "run" / "qemu").glob("vm.xml")) if rig.daemon else Path()
-    rig.daemon.stop() if rig.daemon else None
+    daemon.stop()
     device = "<hostdev mode='subsystem' type='mdev' model='vfio-pci'><source><address uuid='%s'/></source></hostdev>"
-    text = status.read_text().replace("</devices>", device % "5a3f8f6e-0000-4000-8000-000000000001" + "</devices>", 1)
-    status.write_text(text)
-    rig.daemon.start() if rig.daemon else None
+    status = daemon.dir / "run" / "qemu" / "vm.xml"  # what a daemon knows of a domain that runs
+    above, end, below = status.read_text().rpartition("</devices>")
+    status.write_text(above + device % "5a3f8f6e-0000-4000-8000-000000000001" + end + below)
+    daemon.start()
     before = picture(rig.dir)
-    refused(rig, "create", "vm", "s0", words, code=6, says="--disk-only")
-    assert picture(rig.dir) == before
+    for words in ("--memory", "--memory=paused"):
+        refused(rig, "create", "vm", "s0", words, code=6, says="--disk-only")
+        assert picture(rig.dir) == before
     rig.ok("create", "vm", "s0", "--disk-only")
 
 

@@ -69,7 +69,8 @@ def test_virsh_snapshots_in_our_create_and_its_layers_stay_on_top(domain: Make, 
     """Before our switch: ours is given up. After it: theirs stands on ours, and no definition goes back below it."""
     rig = paused(domain)
     rig.remember("now")
-    rig.expected["s0"] = rig.expected["now"]
+    rig.expected["before"] = rig.expected["s0"] = rig.expected["now"]
+    rig.ok("create", "vm", "before", "--disk-only")
     made: dict[str, Path] = {}
     code, err = stopped_at(
         rig, point, "create", "vm", "s0", "--memory=paused", meanwhile=lambda: made.update(theirs(rig))

@@ -38,7 +38,10 @@ class MonitorTap:
             except OSError:
                 return
             with client, socket.socket(socket.AF_UNIX) as qemu:
-                qemu.connect(str(self._real))
+                try:
+                    qemu.connect(str(self._real))
+                except OSError:  # that QEMU is gone; so says the end of the connection
+                    continue
                 back = threading.Thread(target=self._copy_back, args=(qemu, client), daemon=True)
                 back.start()
                 with suppress(OSError):
@@ -74,7 +77,8 @@ class MonitorTap:
             client.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Put QEMU's own socket back; a daemon that is connected stays so through us."""
-        self._path.unlink()
-        self._real.rename(self._path)
+        """Put QEMU's own socket back, unless it went with QEMU."""
         self._listening.close()
+        with suppress(FileNotFoundError):
+            self._path.unlink()
+            self._real.rename(self._path)
