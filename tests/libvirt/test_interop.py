@@ -84,7 +84,9 @@ def test_device_of_the_host_keeps_memory_out_before_anything_changes(domain: Mak
     rig.ok("create", "vm", "before")
     rig.virsh("start", "vm", "--paused")
     daemon.stop()
-    device = "<hostdev mode='subsystem' type='scsi_host'><source protocol='vhost' wwpn='naa.5123456789abcde0'/></hostdev>"
+    device = (
+        "<hostdev mode='subsystem' type='scsi_host'><source protocol='vhost' wwpn='naa.5123456789abcde0'/></hostdev>"
+    )
     status = daemon.dir / "run" / "qemu" / "vm.xml"  # what a daemon knows of a domain that runs
     above, end, below = status.read_text().rpartition("</devices>")
     status.write_text(above + device + end + below)
