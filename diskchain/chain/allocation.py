@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from diskchain.chain.qcow2 import Header
@@ -145,6 +145,40 @@ def new_bytes(top: Allocation, into: Allocation | RawExtents) -> int:
     return grown + grown // BLOCK_SHARE + BLOCK_SLACK if grown else 0
 
 
+def missing_bytes(below: Sequence[Allocation | RawExtents], overlay: Allocation) -> int:
+    """Return an upper bound of the bytes by which an overlay's file grows when what is below it is copied into it.
+
+    What the overlay holds itself is not copied.
+    """
+    parts = [a if isinstance(a, Allocation) else _of_extents(a, overlay) for a in below]
+    grown = _new_in_qcow2(union(parts), overlay, only_missing=True)
+    return grown + grown // BLOCK_SHARE + BLOCK_SLACK if grown else 0
+
+
+def union(parts: Sequence[Allocation]) -> Allocation:
+    """Return what some layers of one chain hold together, on the grid of the first, in whole clusters of it."""
+    first = parts[0]
+    rows: dict[int, bytes] = {}
+    for part in parts:
+        for index, held in _on_grid(part, first, outward=True).items():
+            both = _number(held) | _number(rows.get(index, b""))
+            rows[index] = both.to_bytes(first.row_length, "big")
+    return replace(first, rows={index: Row(held, b"") for index, held in rows.items()}, own_tables=frozenset())
+
+
+def mean_run(a: Allocation) -> int:
+    """Return the mean length of the parts that a layer holds, 0 when it holds nothing."""
+    lengths = [end - start for start, end in runs(a)]
+    return sum(lengths) // len(lengths) if lengths else 0
+
+
+def _of_extents(a: RawExtents, grid: Allocation) -> Allocation:
+    rows: dict[int, bytearray] = {}
+    for start, end in _rounded(_clipped(a.extents, grid.virtual_size), max(grid.cluster_size, MIN_GRANULE)):
+        _mark(rows, start // grid.cluster_size, end // grid.cluster_size, grid.row_length)
+    return replace(grid, rows={index: Row(bytes(held), b"") for index, held in rows.items()}, own_tables=frozenset())
+
+
 def hidden_bytes(lower: Allocation | RawExtents, upper: Allocation) -> int:
     """Bytes in the file of `lower` that can't be seen through `upper`: what merging the two gives back.
 
@@ -161,11 +195,15 @@ def hidden_bytes(lower: Allocation | RawExtents, upper: Allocation) -> int:
     )
 
 
-def _new_in_qcow2(top: Allocation, into: Allocation) -> int:
+def _new_in_qcow2(top: Allocation, into: Allocation, *, only_missing: bool = False) -> int:
     clusters = tables = in_place = 0
     for index, written in _on_grid(top, into, outward=True).items():
         there = into.rows.get(index)
         marks, owned = _number(written), 0 if there is None else _number(there.owned)
+        if only_missing and there is not None:
+            marks &= ~_number(there.held)
+            if not marks:
+                continue
         clusters += (marks & ~owned).bit_count()
         in_place += (marks & owned).bit_count()
         tables += index not in into.own_tables

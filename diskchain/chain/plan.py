@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from diskchain.chain.model import Catalog, Image, Snapshot
-from diskchain.errors import HasChildren, NotFound, Protected, Refused
+from diskchain.chain.model import Catalog, Snapshot
+from diskchain.errors import NotFound, Refused
 
 
 @dataclass(frozen=True)
@@ -30,60 +30,6 @@ class Plan:
             "downtime_estimate_s": self.downtime_estimate_s, "lost": list(self.lost),
             "warnings": list(self.warnings), "point_of_no_return": self.point_of_no_return,
         }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Fold:
-    """One disk's merge: commit image `top` into its backing file `into`. `overlays` stand on `top`, to be relinked."""
-
-    target: str
-    top: Image
-    into: Image
-    overlays: tuple[Image, ...]
-    below: tuple[Image, ...] = ()  # what `into` stands on: a write into a part of a cluster reads the rest from there
-    method: str = "commit"
-
-
-@dataclass(frozen=True)
-class Deletion:
-    """What deleting one snapshot does to the files: layers to fold, layers to unlink, layers merely let go of."""
-
-    snapshot: Snapshot
-    folds: tuple[Fold, ...] = ()
-    unlinks: tuple[Image, ...] = ()
-    kept: tuple[Image, ...] = field(default=())  # not ours: never unlinked
-
-
-def plan_delete(catalog: Catalog, snapshot: Snapshot) -> Deletion:
-    """Given a snapshot, return what its deletion does (operations.md 1), by the number of overlays on each F(S).
-
-    None: F(S) is unlinked if we made it. One: that overlay is committed down into F(S), which carries its state then.
-    Raise HasChildren for several, Protected.
-    """
-    if snapshot.protected:
-        raise Protected(
-            f"snapshot {snapshot.name!r} is protected", hint=f"diskchain unprotect {catalog.name} {snapshot.name}"
-        )
-    folds, unlinks, kept = [], [], []
-    for target, image_id in snapshot.disks.items():
-        image, overlays = catalog.images[image_id], catalog.overlays_on(image_id)
-        if len(overlays) > 1:
-            raise HasChildren(_children_text(catalog, snapshot, len(overlays)), hint=_children_hint(catalog, snapshot))
-        if overlays:
-            top = overlays[0]
-            folds.append(
-                Fold(target, top, image, tuple(catalog.overlays_on(top.id)), tuple(catalog.chain(image_id)[1:]))
-            )
-        elif image_id in catalog.active.values():
-            raise Refused(
-                f"{image.path} is an active layer; this catalog contradicts itself",
-                hint="keep every file; see RECOVER.txt",
-            )
-        elif image.ours:
-            unlinks.append(image)
-        else:
-            kept.append(image)
-    return Deletion(snapshot, tuple(folds), tuple(unlinks), tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -142,20 +88,3 @@ def _detached_layer(catalog: Catalog, snapshot: Snapshot, target: str) -> str:
         raise Refused(f"the configuration of {snapshot.name!r} has a disk {target}, which the snapshot does not cover "
                       f"and {catalog.name} has no more", hint="keep the configuration of now: --config keep --cold")  # fmt: skip
     return found[0]
-
-
-def _children_text(catalog: Catalog, snapshot: Snapshot, count: int) -> str:
-    names = [s.name for s in catalog.children(snapshot.id)]
-    if catalog.current == snapshot.id:
-        names.append("the present")
-    what = " and ".join(names) if names else f"{count} overlays"
-    return f"{what} stand on {snapshot.name!r}; it can't be merged into one of them"
-
-
-def _children_hint(catalog: Catalog, snapshot: Snapshot) -> str:
-    children = catalog.children(snapshot.id)
-    return (
-        f"delete a branch first: diskchain delete {catalog.name} {children[0].name}"
-        if children
-        else "delete a branch first"
-    )

@@ -92,6 +92,8 @@ COMMANDS = [
     Entry("revert", "revert", "revert", "Go back to a snapshot; the present is kept. Alias: rollback.", _SNAPSHOTS),
     Entry("undo", "revert", "undo", "Go back to where the last revert left from.", _SNAPSHOTS),
     Entry("delete", "delete", "delete", "Delete snapshots; what the VM sees stays as it is. Alias: rm.", _SNAPSHOTS),
+    Entry("accept", "delete", "accept", "Keep the present, delete every snapshot of its line.", _SNAPSHOTS),
+    Entry("undelete", "delete", "undelete", "Take a delete back whose merge has not begun.", _SNAPSHOTS),
     Entry("merge", "delete", "merge", "Carry out the pending merges of stopped VMs.", _SNAPSHOTS),
     Entry("rename", "edit", "rename", "Give a snapshot another name.", _SNAPSHOTS),
     Entry("describe", "edit", "describe", "Give a snapshot a description.", _SNAPSHOTS),

@@ -1,112 +1,239 @@
-"""delete and merge."""
+"""delete, accept, undelete and merge."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import click
 
-from diskchain.chain.plan import Plan, plan_delete
+from diskchain.chain.deletion import Deletion, line_to_accept, plan_all, subtree
+from diskchain.chain.model import Catalog
+from diskchain.chain.plan import Plan
 from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common, error_lines
 from diskchain.cli.options import (
+    Duration,
     SnapshotName,
     changing_options,
     jobs_option,
     maybe_vms_argument,
+    snapshot_argument,
+    vm_argument,
     vms_argument,
     yes_option,
 )
-from diskchain.errors import Busy, DiskchainError, HasChildren, VMRunning
+from diskchain.errors import Busy, DiskchainError, NotFound, UsageError, VMRunning
 from diskchain.ops import delete as ops
-from diskchain.ops import power
+from diskchain.ops import delete_plan, look, pending, power
 from diskchain.ops.merge import Merged
 from diskchain.ops.vm import VM, Host
+
+when_stopped_option = click.option(
+    "--when-stopped", is_flag=True, help="Only record it; it is merged at the next stop."
+)
+restart_option = click.option("--restart", is_flag=True, help="Stop the VM by its power button, merge, start it again.")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for. `pick`: given the catalog, the ids of the snapshots that go."""
+
+    word: str
+    pick: Callable[[Catalog], list[str]]
+    copy: bool
+    when_stopped: bool
+    restart: bool
+    yes: bool
+    dry_run: bool
 
 
 @click.command(epilog="Example: diskchain delete web1 before-upgrade")
 @vms_argument
-@click.argument("names", type=SnapshotName(), nargs=-1, required=True, metavar="NAME...")
-@click.option("--restart", is_flag=True, help="Stop the VM by its power button, merge, start it again.")
+@click.argument("names", type=SnapshotName(), nargs=-1, metavar="[NAME]...")
+@click.option(
+    "--older-than", type=Duration(), metavar="TIME", help="Those older than TIME, like 14d; protected ones stay."
+)
+@click.option("--children", is_flag=True, help="And all snapshots that follow them.")
+@click.option(
+    "--copy", is_flag=True, help="Where several layers stand on one that goes: copy it into each of them now."
+)
+@when_stopped_option
+@restart_option
 @yes_option
 @jobs_option
 @changing_options
 @common
 def delete(
-    vm: str, names: tuple[str, ...], restart: bool, yes: bool, jobs: int, wait: float | None, dry_run: bool
+    vm: str,
+    names: tuple[str, ...],
+    older_than: float | None,
+    children: bool,
+    copy: bool,
+    when_stopped: bool,
+    restart: bool,
+    yes: bool,
+    jobs: int,
+    wait: float | None,
+    dry_run: bool,
 ) -> None:
     """Delete snapshots. Their layers are merged; what the VM sees, and every other snapshot, stays as it is."""
+    if bool(names) == (older_than is not None):
+        raise UsageError("name the snapshots, or say --older-than", hint="diskchain delete --help")
+    if when_stopped and (restart or copy):
+        raise UsageError("--when-stopped only records; it goes with neither --restart nor --copy")
+
+    def pick(catalog: Catalog) -> list[str]:
+        found = _older(catalog, older_than) if older_than is not None else [catalog.find(n).id for n in names]
+        return subtree(catalog, found) if children else list(dict.fromkeys(found))
+
+    _on_each(vm, Asked("delete", pick, copy, when_stopped, restart, yes, dry_run), jobs, wait)
+
+
+def _older(catalog: Catalog, seconds: float) -> list[str]:
+    ages = [(s, look.age(s.created, time.time())) for s in catalog.visible() if not s.protected]
+    found = [s.id for s, age in ages if age is not None and age > seconds]
+    if not found:
+        raise NotFound(f"{catalog.name} has no snapshot that old", hint=f"diskchain list {catalog.name}")
+    return found
+
+
+@click.command(epilog="Example: diskchain accept web1")
+@vms_argument
+@click.option("--drop-branches", is_flag=True, help="Snapshots that are not in the line of the present go too.")
+@when_stopped_option
+@restart_option
+@yes_option
+@jobs_option
+@changing_options
+@common
+def accept(
+    vm: str,
+    drop_branches: bool,
+    when_stopped: bool,
+    restart: bool,
+    yes: bool,
+    jobs: int,
+    wait: float | None,
+    dry_run: bool,
+) -> None:
+    """Keep the present, delete every snapshot of its line: all layers are folded in one pass."""
+    if when_stopped and restart:
+        raise UsageError("--when-stopped only records; it does not go with --restart")
+
+    def pick(catalog: Catalog) -> list[str]:
+        return line_to_accept(catalog, drop_branches=drop_branches)
+
+    _on_each(vm, Asked("accept", pick, False, when_stopped, restart, yes, dry_run), jobs, wait)
+
+
+def _on_each(vm: str, asked: Asked, jobs: int, wait: float | None) -> None:
     app = context.current()
     host = context.open_host(app, wait)
-    asks = not (yes or dry_run)
-    many.on_each(
-        app, host, vm, lambda app, name: _delete(app, host, name, names, restart, yes, dry_run), jobs=jobs, asks=asks
-    )
+    asks = not (asked.yes or asked.dry_run)
+    many.on_each(app, host, vm, lambda app, name: _delete(app, host, name, asked), jobs=jobs, asks=asks)
 
 
-async def _delete(
-    app: App, host: Host, name: str, names: Sequence[str], restart: bool, yes: bool, dry_run: bool
-) -> None:
-    if not restart:
-        await context.settle_before_plan(app, host, name, "delete", dry_run=dry_run)
+async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
+    if not asked.restart:
+        await context.settle_before_plan(app, host, name, asked.word, dry_run=asked.dry_run)
     async with host.look(name) as vm:
-        deletions = ops.plan_all(vm.catalog, names)
-        plan, is_on = ops.to_plan(vm, deletions), not (await vm.driver.state()).is_off
-        if dry_run:
-            context.show_plan(app, _with_power(vm, plan, is_on, restart))
+        is_on = not (await vm.driver.state()).is_off
+        ids, later = asked.pick(vm.catalog), asked.when_stopped or (is_on and not asked.restart and not asked.copy)
+        deletions = plan_all(vm.catalog, ids, data=not later, copy=asked.copy)
+        plan = _with_power(vm, _plan(vm, asked, deletions), deletions, is_on, asked.restart)
+        if asked.dry_run:
+            context.show_plan(app, plan)
             return
-        if is_on and restart:
+        if is_on and asked.restart:
             await vm.driver.refuse("restart")
         else:
-            await ops.check(vm, deletions)
-        plan = _with_power(vm, plan, is_on, restart)
-    ids = [deletion.snapshot.id for deletion in deletions]
-    context.confirm(app, plan, "Delete?", yes=yes, about=ids)
-    async with host.change(name, "delete") as vm:
-        merged = await _restarting(app, host, vm, ids) if restart else await _delete_all(app, host, vm, ids)
-        _tell(app, vm, [d.snapshot.name for d in deletions], merged)
+            await delete_plan.check(vm, deletions)
+    context.confirm(app, plan, f"{asked.word.capitalize()}?", yes=asked.yes, about=ids)
+    async with host.change(name, asked.word) as vm:
+        if asked.restart:
+            merged = await _restarting(app, host, vm, asked, ids)
+        else:
+            merged = await _delete_all(app, host, vm, asked, ids, data=not later)
+        _tell(app, vm, asked, ids, [s.name for d in deletions for s in (*d.snapshots, *d.waits, *d.later)], merged)
 
 
-def _with_power(vm: VM, plan: Plan, is_on: bool, restart: bool) -> Plan:
-    if not is_on:
-        return plan
-    if restart:
+def _plan(vm: VM, asked: Asked, deletions: Sequence[Deletion]) -> Plan:
+    title = f"{vm.name}: accept the present" if asked.word == "accept" else ""
+    return delete_plan.to_plan(vm, deletions, title=title)
+
+
+def _with_power(vm: VM, plan: Plan, deletions: Sequence[Deletion], is_on: bool, restart: bool) -> Plan:
+    if is_on and restart:
         steps = ("stop the VM by its power button", *plan.steps, "start the VM")
-        return replace(plan, steps=steps, downtime_estimate_s=20.0 + plan.bytes // (200 << 20))
-    text = f"{vm.name} is on, a merge needs it to be off: diskchain stop {vm.name}, or add --restart"
-    return replace(plan, warnings=(*plan.warnings, text))
+        return replace(plan, steps=steps, downtime_estimate_s=20.0 + plan.bytes // look.MERGE_RATE)
+    if is_on and any(d.moves_data for d in deletions):
+        text = f"{vm.name} is on, a merge needs it to be off: diskchain stop {vm.name}, or add --restart"
+        return replace(plan, warnings=(*plan.warnings, text))
+    return plan
 
 
-async def _restarting(app: App, host: Host, vm: VM, ids: Sequence[str]) -> list[Merged]:
+async def _restarting(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[str]) -> list[Merged]:
     """Stop, delete, start again; it is started whatever becomes of the delete."""
     progress = context.progress(app)
     stopped = await power.stop(vm, progress, timeout=host.config.stop.timeout, merge=False)
     try:
-        return await _delete_all(app, host, vm, ids)
+        return await _delete_all(app, host, vm, asked, ids, data=True)
     finally:
         if stopped.changed:
             await power.start(vm, progress)
 
 
-async def _delete_all(app: App, host: Host, vm: VM, ids: Sequence[str]) -> list[Merged]:
-    """Delete one after the other, each planned on what the one before it left. The lock is held."""
+async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[str], *, data: bool) -> list[Merged]:
+    """Carry it out, planned anew on what is there now. The lock is held."""
     await context.settle(app, host, vm)
+    if not set(ids) <= {s.id for s in vm.catalog.visible()}:
+        raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")
     merged: list[Merged] = []
-    for snapshot_id in ids:
-        if snapshot_id not in vm.catalog.snapshots:
-            raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")
-        deletion = plan_delete(vm.catalog, vm.catalog.find(snapshot_id))
-        await ops.check(vm, [deletion])
+    for deletion in plan_all(vm.catalog, ids, data=data, copy=asked.copy):
+        await delete_plan.check(vm, [deletion])
         merged += await ops.delete(vm, deletion, context.progress(app))
     return merged
 
 
-def _tell(app: App, vm: VM, names: list[str], merged: list[Merged]) -> None:
-    body = {"vm": vm.name, "deferred": False, "deleted": names, "merged": [asdict(m) for m in merged]}
+def _tell(app: App, vm: VM, asked: Asked, ids: Sequence[str], names: list[str], merged: list[Merged]) -> None:
+    waiting = [s for s in vm.catalog.pending() if s.id in ids]
+    later = [s.name for s in waiting if pending.can_undelete(vm, s)]
+    layers = [s.name for s in waiting if s.name not in later]
+    body = {"vm": vm.name, "deferred": bool(waiting), "deleted": names, "merged": [asdict(m) for m in merged],
+            "pending": [s.name for s in vm.catalog.pending()]}  # fmt: skip
     lines = [f"deleted {', '.join(map(repr, names))} of {vm.name}", *map(render.merged_line, merged)]
+    lines += [f"  merged when {vm.name} is off: {', '.join(later)}"] if later else []
+    lines += [f"  the layer of {name} stays until one layer is left on it" for name in layers]
     context.answer(app, body, lines)
+
+
+# -- undelete ----------------------------------------------------------------------------------------------------------
+
+
+@click.command(epilog="Example: diskchain undelete web1 before-upgrade")
+@vm_argument
+@snapshot_argument
+@changing_options
+@common
+def undelete(vm: str, name: str, wait: float | None, dry_run: bool) -> None:
+    """Take a delete back that was only recorded: until its merge begins."""
+    app = context.current()
+    context.run_async(_undelete(app, context.open_host(app, wait), vm, name, dry_run))
+
+
+async def _undelete(app: App, host: Host, name: str, snapshot: str, dry_run: bool) -> None:
+    if dry_run:
+        async with host.look(name) as vm:
+            found = pending.to_undelete(vm, snapshot)
+            context.show_plan(app, Plan(f"{vm.name}: undelete {found.name!r}", ("only the catalog changes",)))
+        return
+    async with context.changing(app, host, name, "undelete") as vm:
+        view = look.view(vm.catalog, vm.home, pending.undelete(vm, snapshot), time.time())
+        said = f"{vm.name}: {view.snapshot.name!r} is back"
+        context.answer(app, {"vm": vm.name, "snapshot": look.snapshot_json(view)}, [said])
 
 
 # -- merge -------------------------------------------------------------------------------------------------------------
@@ -165,7 +292,7 @@ async def _merge(app: App, host: Host, name: str) -> tuple[dict[str, Any], list[
         if vm.catalog.pending() and not (await vm.driver.state()).is_off:
             raise VMRunning(f"{vm.name} is on; a merge needs it to be off", hint=f"diskchain stop {vm.name}")
     async with context.changing(app, host, name, "merge") as vm:
-        merged = await ops.merge_pending(vm, context.progress(app))
+        merged = await pending.merge_pending(vm, context.progress(app))
         body = {"vm": vm.name, "deferred": False, "merged": [asdict(m) for m in merged],
                 "pending": [s.name for s in vm.catalog.pending()]}  # fmt: skip
         return body, [f"{vm.name}: {len(merged)} layers merged", *map(render.merged_line, merged)]
@@ -174,16 +301,11 @@ async def _merge(app: App, host: Host, name: str) -> tuple[dict[str, Any], list[
 async def _merge_plan(host: Host, name: str) -> Plan:
     """Return the plan of a VM's pending merges; those that can't be done yet are warned of."""
     async with host.look(name) as vm:
-        catalog, deletions, warnings = vm.catalog, [], []
-        for snapshot in catalog.pending():
-            try:
-                deletions.append(plan_delete(catalog, replace(snapshot, protected=False)))
-            except HasChildren as error:
-                warnings.append(f"stays pending: {error.message}")
-                continue
-            catalog = ops.after(catalog, deletions[-1])
-        plan = ops.to_plan(vm, deletions)
-        if deletions and not (await vm.driver.state()).is_off:
+        deletion = pending.plan(vm)
+        plan = delete_plan.to_plan(vm, [deletion], title=f"{vm.name}: merge")
+        stay = [s for s in vm.catalog.pending() if s not in deletion.snapshots]
+        warnings = [f"stays pending: several layers stand on the layer of {s.name}" for s in stay]
+        if deletion.moves_data and not (await vm.driver.state()).is_off:
             warnings.append(f"{vm.name} is on, a merge needs it to be off: diskchain stop {vm.name}")
-        steps = plan.steps or ("nothing is pending",)
-        return replace(plan, title=f"{vm.name}: merge", steps=steps, warnings=tuple(warnings))
+        steps = plan.steps if deletion.does_something else ("nothing is pending that can be merged",)
+        return replace(plan, steps=steps, warnings=tuple(warnings))

@@ -125,6 +125,8 @@ def list_lines(listing: Listing, asked: str | None) -> list[str]:
     ages = max(3, *(width(row["AGE"]) for row in rows)) if rows else 3
     for pending in listing.pending:
         text = f"(deleted; merges at the next stop: {size(pending.bytes)}, about {pending.seconds} s)"
+        if pending.waits:
+            text = f"(deleted; its layer, {size(pending.bytes)}, stays until one layer is left on it)"
         age = rjust(duration(pending.age_seconds), ages)
         lines.append(f"{ljust(printable(pending.snapshot.name), wide)}  {age}  {text}")
     return [*lines, summary(listing), *unfinished_lines(listing)]
@@ -210,6 +212,7 @@ def merged_line(merged: Merged) -> str:
     if merged.method == "unlink":
         return f"  {merged.disk}: {top} deleted"
     into = merged.into.rpartition("/")[2]
-    return f"  {merged.disk}: {size(merged.bytes)} of {top} folded into {into}" + (
+    word = "copied up into" if merged.method == "stream" else "folded into"
+    return f"  {merged.disk}: {size(merged.bytes)} of {top} {word} {into}" + (
         f" in {merged.seconds:.1f} s" if merged.seconds >= 0.05 else ""
     )

@@ -87,20 +87,21 @@ def holder_operation(path: Path) -> str | None:
 class ImageGuard:
     """Keeps every other user off some images. Its descriptors can be passed to an engine, and outlive us there."""
 
-    def __init__(self, fds: Sequence[int]) -> None:
+    def __init__(self, fds: Sequence[int], paths: Sequence[Path]) -> None:
         self.fds = tuple(fds)
+        self._at = dict(zip(paths, fds, strict=True))
 
-    def sync(self, index: int) -> None:
-        """fsync the index-th image through the descriptor that was open before the work began.
+    def sync(self, path: Path) -> None:
+        """fsync an image of ours through the descriptor that was open before the work began.
 
         The kernel reports a failed writeback once to each descriptor that was open then; one opened later
         never hears of it. Raise OSError.
         """
-        os.fsync(self.fds[index])
+        os.fsync(self._at[path])
 
-    def drop_cache(self, index: int) -> None:
+    def drop_cache(self, path: Path) -> None:
         """Ask the kernel to forget its cached pages of the image, so that the next read comes from the disk."""
-        os.posix_fadvise(self.fds[index], 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self._at[path], 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Let go."""
@@ -109,30 +110,43 @@ class ImageGuard:
 
 
 @contextlib.contextmanager
-def guard_images(paths: Sequence[Path], *, wait: float, users: Callable[[Path], str]) -> Iterator[ImageGuard]:
-    """Hold the images against every QEMU and every qemu-img while the block runs.
+def guard_images(paths: Sequence[Path], *, wait: float, users: Callable[[Path], str],
+                 readers: Sequence[Path] = ()) -> Iterator[ImageGuard]:  # fmt: skip
+    """Hold the images against every QEMU and every qemu-img while the block runs; `readers` only against writers.
 
     First taken exclusively (so nobody else holds them, an orphaned engine included), then turned into the shared
     form that QEMU respects. `users` names who uses a path, for the message. Raise Busy after `wait` seconds.
     """
     with contextlib.ExitStack() as stack:
         fds = []
-        for path in paths:
-            with os_errors(path, "open for writing"):
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        for path in (*paths, *readers):
+            with os_errors(path, "open" if path in readers else "open for writing"):
+                how = os.O_RDONLY if path in readers else os.O_RDWR
+                fd = os.open(path, how | os.O_CLOEXEC | os.O_NOFOLLOW)
             stack.callback(os.close, fd)
             fds.append(fd)
-            _lock_within(fd, path, wait, users)
-        for fd in fds:
+            _lock_within(fd, path, wait, users, _keep_writers_off if path in readers else _keep_all_off)
+        for fd in fds[: len(paths)]:
             _set_locks(fd, fcntl.F_RDLCK)
-        yield ImageGuard(fds)
+        yield ImageGuard(fds, (*paths, *readers))
 
 
-def _lock_within(fd: int, path: Path, wait: float, users: Callable[[Path], str]) -> None:
+def _keep_all_off(fd: int) -> None:
+    _set_locks(fd, fcntl.F_WRLCK)
+
+
+def _keep_writers_off(fd: int) -> None:
+    """QEMU may read it, and so may we; our lock is there before we look whether somebody writes."""
+    _set_locks(fd, fcntl.F_RDLCK, only=(_SHARES_NO_WRITES,))
+    if _held(fd, _WRITES, 1):
+        raise BlockingIOError
+
+
+def _lock_within(fd: int, path: Path, wait: float, users: Callable[[Path], str], lock: Callable[[int], None]) -> None:
     end = time.monotonic() + wait
     while True:
         try:
-            _set_locks(fd, fcntl.F_WRLCK)
+            lock(fd)
             return
         except (BlockingIOError, PermissionError):
             if time.monotonic() >= end:
@@ -143,8 +157,8 @@ def _lock_within(fd: int, path: Path, wait: float, users: Callable[[Path], str])
                                  hint="the filesystem must support OFD locks") from error  # fmt: skip
 
 
-def _set_locks(fd: int, kind: int) -> None:
-    for byte in (_WRITES, _SHARES_NO_WRITES):
+def _set_locks(fd: int, kind: int, *, only: Sequence[int] = (_WRITES, _SHARES_NO_WRITES)) -> None:
+    for byte in only:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
 
 
@@ -161,10 +175,14 @@ def image_in_use(path: Path) -> bool:
 def _locked(path: Path, first: int, count: int) -> bool:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        probe = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
-        return bool(struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, probe))[0] != fcntl.F_UNLCK)
+        return _held(fd, first, count)
     finally:
         os.close(fd)
+
+
+def _held(fd: int, first: int, count: int) -> bool:
+    probe = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
+    return bool(struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, probe))[0] != fcntl.F_UNLCK)
 
 
 def open_by(path: Path) -> str:

@@ -45,6 +45,16 @@ def read_only(path: Path, fmt: str, backing: dict[str, Any] | None) -> dict[str,
     return node
 
 
+def unlocked_chain(images: Sequence[tuple[Path, str]]) -> dict[str, Any]:
+    """Return the node of a chain, top first, whose images we all guard; names come from the headers (so -b finds them)."""
+    off: dict[str, Any] = {"locking": "off"}
+    backing: dict[str, Any] = {"file": off}
+    for _ in images[2:]:
+        backing = {"file": off, "backing": backing}
+    path, fmt = images[0]
+    return {"driver": fmt, "file": {"driver": "file", "filename": str(path), **off}, "backing": backing}
+
+
 def _json(node: dict[str, Any]) -> str:
     return "json:" + json.dumps(node)
 
@@ -62,6 +72,11 @@ async def rebase(overlay: Path, backing_name: str, backing_fmt: str) -> None:
     """Change only the reference to the backing file (`-u`). Exit code 0 is no proof (facts.md): re-read the header."""
     await run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", backing_fmt, "-b", backing_name, str(overlay)],
               limits=METADATA)  # fmt: skip
+
+
+async def rebase_node(overlay: dict[str, Any], backing_name: str, backing_fmt: str) -> None:
+    """As `rebase`, of an image that we guard."""
+    await run(["qemu-img", "rebase", "-u", "-F", backing_fmt, "-b", backing_name, _json(overlay)], limits=METADATA)
 
 
 async def check(node: dict[str, Any], *, repair: bool = False, direct: bool = False) -> CheckResult:
@@ -87,23 +102,67 @@ async def check(node: dict[str, Any], *, repair: bool = False, direct: bool = Fa
 async def commit(
     overlay: dict[str, Any],
     *,
+    base: Path | None = None,
     direct: bool,
     guard: Sequence[int],
     on_percent: Callable[[float], None],
 ) -> None:
-    """Write the overlay's data into its backing file; both are given as nodes under our guard.
+    """Write the overlay's data into its backing file, or with those of the layers between into `base`.
 
-    `-d`: the overlay stays as it is, so the commit can be done again (290 of 290 kills, facts.md).
+    The overlay stays as it is (`-d`; `-b` implies it), so the commit can be done again (290 of 290 kills, facts.md).
     `guard`: descriptors that carry our locks; the engine inherits them, so the locks live as long as it does.
     """
+    await run(["qemu-img", "commit", "-p", "-d", "-t", "none" if direct else "writeback",
+               *(["-b", str(base)] if base else []), _json(overlay)],
+              timeout=None, pass_fds=guard, on_output=_percent(on_percent))  # fmt: skip
 
+
+async def convert_into(
+    overlay: dict[str, Any],
+    into: dict[str, Any],
+    *,
+    clone: bool,
+    guard: Sequence[int],
+    on_percent: Callable[[float], None],
+) -> None:
+    """Write what the overlay itself holds into its backing file, in place; both of one size, under our guard.
+
+    `-B` makes convert look at the overlay's own layer only (the name is never opened), `-n` keeps the target. Never
+    without -t (the default writes without a flush), never -S 0. Its exit code says nothing about the last flush: the
+    caller syncs and checks. `clone`: let the filesystem share the blocks (`-C`).
+    """
+    await run(["qemu-img", "convert", "-p", "-n", "-W", "-m", "16", "-t", "writeback", "-B", "below",
+               *(["-C"] if clone else []), "-O", str(into["driver"]), _json(overlay), _json(into)],
+              timeout=None, pass_fds=guard, on_output=_percent(on_percent))  # fmt: skip
+
+
+async def pull(
+    overlay: Path,
+    below: Path | None,
+    fmt: str,
+    *,
+    direct: bool,
+    guard: Sequence[int],
+    on_percent: Callable[[float], None],
+) -> None:
+    """Copy into the overlay what it shows and `below` (None: nothing) does not hold; it stands on `below` then.
+
+    Every write is flushed (-t writethrough): the new reference is written last, when all that was copied is on the disk.
+    A killed pull leaves an overlay that shows the same, on the one or on the other.
+    """
+    await run(["qemu-img", "rebase", "-p", "-t", "directsync" if direct else "writethrough", "-b", str(below or ""),
+               *(["-F", fmt] if below else []),
+               _json({"driver": "qcow2", "file": unlocked(overlay, "qcow2")["file"]})],
+              timeout=None, pass_fds=guard, on_output=_percent(on_percent))  # fmt: skip
+
+
+def _percent(on_percent: Callable[[float], None]) -> Callable[[str], None]:
     def progress(text: str) -> None:
         found = re.findall(r"\(([\d.]+)/100%\)", text)
         if found:
             on_percent(float(found[-1]))
 
-    await run(["qemu-img", "commit", "-p", "-d", "-t", "none" if direct else "writeback", _json(overlay)],
-              timeout=None, pass_fds=guard, on_output=progress)  # fmt: skip
+    return progress
 
 
 async def shrink(node: dict[str, Any], virtual_size: int) -> None:

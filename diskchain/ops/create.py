@@ -159,7 +159,7 @@ async def _after_failure(vm: VM, entry: Entry, progress: Progress) -> Snapshot |
 
 
 def _free_name(catalog: Catalog, wanted: str) -> str:
-    taken = {s.name for s in catalog.snapshots.values()}
+    taken = {s.name for s in catalog.snapshots.values() if not s.deleted}
     if wanted:
         name = snapshot_name(wanted)
         if name in taken:

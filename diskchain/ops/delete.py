@@ -1,181 +1,110 @@
-"""delete = merge, with the VM off: the overlay on F(S) goes back into F(S).
+"""delete, accept, merge: layers are merged, or unlinked, with the VM off where data is moved.
 
 -         VM off; sharers; fingerprints; space                                    nothing changed
-intent    catalog: S is deleted, its memory is gone                               redo
-commit    under the image guard: check, commit, check, fsync                      redo, only while all still name C
+intent    catalog: the snapshots are deleted, their memory is gone                redo
+commit    under the image guard: check, move the data, check, fsync               redo, only while all still name C
 relink    each D: rebase -u, fsync, re-read; catalog: what named C names P        redo
 relinked  C to trash, guard released, unlinked                                    redo
 done      journal removed
+
+C = the layers that go; P = what they are folded into. A pull goes the other way: D takes what C shows, and names what C
+stood on; until `relink` D is made to name C again whenever it is interrupted, and C is whole to the end.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from diskchain.chain.deletion import Deletion, Fold, Pull, moved, without_snapshots
 from diskchain.chain.model import Catalog, Image, Memory
-from diskchain.chain.plan import Deletion, Fold, Plan, plan_delete
-from diskchain.chain.text import size as text_of
-from diskchain.errors import Busy, DiskchainError, HasChildren, NoSpace, Unfinished, UnsupportedDisk, VMRunning
+from diskchain.errors import Busy, DiskchainError, Unfinished, VMRunning
 from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
-from diskchain.ops import layers, merge, sharers
-from diskchain.ops.approve import approve_chain
+from diskchain.ops import layers, merge
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET, Progress
-from diskchain.ops.vm import VM, now_utc, remove_snapshot_dir
+from diskchain.ops.vm import VM, new_id, now_utc, remove_snapshot_dir
 from diskchain.store import journal
 from diskchain.store.journal import Entry
 
 GUARD_WAIT = 10.0  # seconds that an orphaned engine has to go away
 
 
-def plan_all(catalog: Catalog, names: Sequence[str]) -> list[Deletion]:
-    """Given snapshots' names, return their deletions in order, each planned on what the ones before it leave.
-
-    Raise NotFound, Protected, HasChildren.
-    """
-    deletions = []
-    for name in names:
-        deletion = plan_delete(catalog, catalog.find(name))
-        deletions.append(deletion)
-        catalog = after(catalog, deletion)
-    return deletions
-
-
-def after(catalog: Catalog, deletion: Deletion) -> Catalog:
-    """Return the catalog as it is when the deletion is done (fingerprints aside)."""
-    for fold in deletion.folds:
-        catalog = catalog.folded(fold.target, fold.top.id, fold.into.id)
-    gone = [i.id for i in (*deletion.unlinks, *deletion.kept)]
-    return catalog.without_images(gone).without_snapshot(deletion.snapshot.id)
-
-
-def _verify(catalog: Catalog, deletion: Deletion) -> None:
-    """Look at every layer that a deletion reads, writes, relinks or unlinks. Raise HostileImage, ChainDamaged.
-
-    Not at a base that was merged into already: it is no state, and has no fingerprint to keep.
-    """
-    for fold in deletion.folds if not deletion.snapshot.merge_begun else ():
-        layers.verify_chain(catalog, fold.top.id)
-        for overlay in fold.overlays:
-            image = catalog.images[overlay.id]  # as it is now: a planned one may stand on what is still to be merged
-            layers.verify_overlay(image, catalog.images[image.backing or ""])
-    for image in deletion.unlinks:
-        layers.verify_frozen(image)
-
-
-def to_plan(vm: VM, deletions: Sequence[Deletion]) -> Plan:
-    """Return the plan of some deletions in words and figures. Raise ChainDamaged, HostileImage."""
-    for deletion in deletions:
-        _verify(vm.catalog, deletion)
-    steps, moved, lost = [], 0, []
-    for deletion in deletions:
-        for fold in deletion.folds:
-            held = files.allocated_bytes(fold.top.path)
-            moved += held
-            steps.append(f"{fold.target}: fold {text_of(held)} of {fold.top.path.name} into {fold.into.path.name}")
-        steps += [
-            f"{i.target}: delete {i.path.name} ({text_of(files.allocated_bytes(i.path))})" for i in deletion.unlinks
-        ]
-        steps += [
-            f"{i.target}: let go of {i.path.name}; the file stays (diskchain did not make it)" for i in deletion.kept
-        ]
-        if deletion.unlinks:
-            lost.append(f"the disks' state of {deletion.snapshot.name}")
-        if deletion.snapshot.memory.saved:
-            lost.append(f"the memory of {deletion.snapshot.name} ({text_of(deletion.snapshot.memory.bytes)})")
-    names = ", ".join(repr(d.snapshot.name) for d in deletions)
-    return Plan(f"{vm.name}: delete {names}", tuple(steps), bytes=moved, space_needed=_needed(deletions),
-                lost=tuple(lost), point_of_no_return="when the first merge begins (then forward only)")  # fmt: skip
-
-
-def _needed(deletions: Sequence[Deletion]) -> int:
-    return sum(merge.growth(f.top, f.into) for d in deletions for f in d.folds)
-
-
-async def check(vm: VM, deletions: Sequence[Deletion]) -> None:
-    """Raise what stands in the way of the deletions: VMRunning, HasSharers, ChainDamaged, UnsupportedDisk, NoSpace."""
-    if not (await vm.driver.state()).is_off:
-        first = deletions[0].snapshot.name
-        raise VMRunning(f"{vm.name} is on; a merge needs it to be off",
-                        hint=f"diskchain stop {vm.name}, or: diskchain delete --restart {vm.name} {first}")  # fmt: skip
-    await vm.driver.refuse("merge")
-    await vm.verify_definition()
-    mine = list(vm.catalog.images.values())
-    for deletion in deletions:
-        await asyncio.to_thread(_verify, vm.catalog, deletion)
-        for image in deletion.unlinks:
-            sharers.refuse_overlays(vm, image, mine)
-        for fold in deletion.folds:
-            await _refuse_used(fold)
-            sharers.refuse_shared(vm, fold.into, mine)
-            sharers.refuse_shared(vm, fold.top, mine)
-            _refuse_what_a_merge_loses(fold)
-    _check_space(deletions)
-
-
-async def _refuse_used(fold: Fold) -> None:
-    """Raise Busy when somebody has a layer open; a QEMU that was just killed gets a moment to let go."""
-    end = time.monotonic() + 2.0
-    for path in (fold.top.path, fold.into.path):
-        while locks.image_in_use(path):
-            if time.monotonic() < end:
-                await asyncio.sleep(0.05)
-                continue
-            raise Busy(f"{path} is in use by {locks.open_by(path)}", hint="end that program first")
-
-
-def _refuse_what_a_merge_loses(fold: Fold) -> None:
-    for image in approve_chain(fold.top.path, fold.top.fmt)[:2]:
-        if image.header and (image.header.has_bitmaps or image.header.snapshots):
-            what = "persistent dirty bitmaps" if image.header.has_bitmaps else "internal snapshots"
-            raise UnsupportedDisk(f"{image.path} holds {what}; a merge would lose them",
-                                  hint="qemu-img bitmap --remove / qemu-img snapshot -d, if nobody needs them")  # fmt: skip
-
-
-def _check_space(deletions: Sequence[Deletion]) -> None:
-    for deletion in deletions:
-        for fold in deletion.folds:
-            freed = deletion.snapshot.memory.bytes if deletion.snapshot.memory.saved else 0
-            need = merge.growth(fold.top, fold.into)
-            free = files.free_bytes(fold.into.path)
-            if need > free + freed:
-                raise NoSpace(
-                    f"folding {fold.top.path.name} into {fold.into.path.name} needs up to {text_of(need)}, "
-                    f"{text_of(free)} are free",
-                    hint=f"free {text_of(need - free)} on {fold.into.path.parent}",
-                )
-
-
 async def delete(vm: VM, deletion: Deletion, progress: Progress = QUIET) -> list[Merged]:
-    """Delete one snapshot of a VM that is off (see `check`). The VM's lock is held, its journal is empty.
+    """Carry out a deletion (see delete_plan.check). The VM's lock is held, its journal is empty.
 
-    Raise Unfinished when the merge stopped half-way: nothing is lost, `recover` goes on.
+    Raise Unfinished when a merge stopped half-way: nothing is lost, `recover` goes on.
     """
-    entry = journal.begin(vm.home, "delete", deletion.snapshot.id, now_utc(), _journal_data(deletion))
+    for snapshot in deletion.later:
+        vm.save(vm.catalog.with_snapshot(replace(vm.catalog.snapshots[snapshot.id], deleted=True)))
+    if not (deletion.snapshots or deletion.waits):
+        return []
+    entry = journal.begin(vm.home, "delete", new_id(), now_utc(), _journal_data(deletion))
     try:
         return await carry_out(vm, entry, progress)
     except (Busy, VMRunning) as error:  # somebody came between the check and the guard
-        raise Unfinished(f"{error.message}; the snapshot is deleted, its merge waits",
+        raise Unfinished(f"{error.message}; what was deleted stays so, its merge waits",
                          hint=f"end that, then: diskchain recover {vm.name}") from error  # fmt: skip
 
 
 def _journal_data(deletion: Deletion) -> dict[str, Any]:
+    all_of_them = (*deletion.snapshots, *deletion.waits)
     return {
-        "snapshot": deletion.snapshot.id,
-        "name": deletion.snapshot.name,
-        "folds": [{"target": f.target, "top": f.top.id, "into": f.into.id, "overlays": [d.id for d in f.overlays],
-                   "top_path": str(f.top.path)} for f in deletion.folds],
+        "snapshots": [s.id for s in deletion.snapshots],
+        "waits": [s.id for s in deletion.waits],
+        "name": ", ".join(s.name for s in all_of_them),
+        "folds": [{"target": f.target, "top": f.top.id, "into": f.into.id, "through": _ids(f.through),
+                   "overlays": _ids(f.overlays), "method": f.method,
+                   "gone_paths": [str(i.path) for i in f.gone]} for f in deletion.folds],
+        "pulls": [{"target": p.target, "gone": _ids(p.gone), "overlays": _ids(p.overlays),
+                   "below": p.below.id if p.below else None,
+                   "gone_paths": [str(i.path) for i in p.gone if i.ours]} for p in deletion.pulls],
         "unlinks": [{"id": i.id, "path": str(i.path), "target": i.target} for i in deletion.unlinks],
-        "kept": [i.id for i in deletion.kept],
-        "unclean": deletion.snapshot.merge_begun,
+        "kept": _ids(deletion.kept),
+        "unclean": any(s.merge_begun for s in deletion.snapshots),
     }  # fmt: skip
+
+
+def _ids(images: Sequence[Image]) -> list[str]:
+    return [i.id for i in images]
+
+
+def of_entry(catalog: Catalog, entry: Entry) -> Deletion:
+    """Return what is still to be done of an entry: merges whose layers the catalog still has."""
+    images, data = catalog.images, entry.data
+    snapshots = [catalog.snapshots[i] for i in _snapshot_ids(entry) if i in catalog.snapshots]
+    folds = [
+        Fold(f["target"], images[f["top"]], images[f["into"]], _known(catalog, f["overlays"]),
+             _known(catalog, f.get("through", [])), tuple(catalog.chain(f["into"])[1:]), f.get("method", "commit"))
+        for f in data["folds"] if f["top"] in images
+    ]  # fmt: skip
+    pulls = [
+        Pull(p["target"], _known(catalog, p["gone"]), _known(catalog, p["overlays"]),
+             images[p["below"]] if p["below"] else None)
+        for p in data.get("pulls", []) if p["gone"][0] in images
+    ]  # fmt: skip
+    unlinks = _known(catalog, [u["id"] for u in data["unlinks"]])
+    waits = tuple(catalog.snapshots[i] for i in data.get("waits", []) if i in catalog.snapshots)
+    return Deletion(tuple(snapshots), tuple(folds), tuple(pulls), unlinks, _known(catalog, data["kept"]), waits)
+
+
+def _snapshot_ids(entry: Entry) -> list[str]:
+    data = entry.data  # an entry of an earlier version has one snapshot
+    return list(data["snapshots"]) if "snapshots" in data else [data["snapshot"]]
+
+
+def _known(catalog: Catalog, ids: Sequence[str]) -> tuple[Image, ...]:
+    return tuple(catalog.images[i] for i in ids if i in catalog.images)
+
+
+def moves_data(entry: Entry) -> bool:
+    """Whether an entry merges layers, so that the VM must be off."""
+    return bool(entry.data["folds"] or entry.data.get("pulls"))
 
 
 async def carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
@@ -183,78 +112,100 @@ async def carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
     merged: list[Merged] = []
     if entry.state == "intent":
         _tombstone(vm, entry)
-    if entry.state != "relinked" and _folds(vm.catalog, entry):
-        merged = await _fold_all(vm, entry, progress)
+    if entry.state != "relinked" and of_entry(vm.catalog, entry).moves_data:
+        merged = await _move_all(vm, entry, progress)
     elif entry.state != "relinked":
         _forget_layers(vm, entry)
         entry.advance("relinked")
-    gone = [*(vm.home.disks_dir / f["top_path"] for f in entry.data["folds"]),
-            *(vm.home.disks_dir / u["path"] for u in entry.data["unlinks"])]  # fmt: skip
+    gone = [vm.home.disks_dir / path for path in _gone_paths(entry)]
     layers.to_trash(gone)
     point("delete.trashed")
     await layers.empty_trash(gone)
-    remove_snapshot_dir(vm, entry.data["snapshot"])
+    for snapshot_id in (*_snapshot_ids(entry), *entry.data.get("waits", [])):
+        remove_snapshot_dir(vm, snapshot_id)
     entry.close()
     vm.home.fill_reserve()
     merged += [Merged(u["target"], u["path"], "", 0, 0.0, "unlink") for u in entry.data["unlinks"]]
     return merged
 
 
+def _gone_paths(entry: Entry) -> Iterator[str]:
+    for part in (*entry.data["folds"], *entry.data.get("pulls", [])):
+        yield from part["gone_paths"] if "gone_paths" in part else [part["top_path"]]
+    for unlinked in entry.data["unlinks"]:
+        yield unlinked["path"]
+
+
 def _tombstone(vm: VM, entry: Entry) -> None:
-    """The snapshot is no state any more, durably, before its frozen images change; its memory goes at once."""
-    snapshot = vm.catalog.snapshots.get(entry.data["snapshot"])
-    if snapshot is None:
+    """The snapshots are no states any more, durably, before their frozen images change; their memory goes at once.
+
+    An overlay that a pull writes to is no longer as it was frozen, until the pull is done.
+    """
+    catalog = vm.catalog
+    ids = [i for i in (*_snapshot_ids(entry), *entry.data.get("waits", [])) if i in catalog.snapshots]
+    if not ids:
         return  # we died after the catalog of afterwards was written
-    vm.save(vm.catalog.with_snapshot(replace(snapshot, deleted=True, memory=Memory())))
-    files.unlink_durably(vm.home.memory(snapshot.id))
+    for snapshot_id in ids:
+        catalog = catalog.with_snapshot(replace(catalog.snapshots[snapshot_id], deleted=True, memory=Memory()))
+    written = [o for pull in of_entry(catalog, entry).pulls for o in pull.overlays]
+    vm.save(catalog.with_images(replace(o, fingerprint=None) for o in written))
+    for snapshot_id in ids:
+        files.unlink_durably(vm.home.memory(snapshot_id))
     point("delete.tombstoned")
 
 
-def _folds(catalog: Catalog, entry: Entry) -> list[Fold]:
-    images = catalog.images
-    return [
-        Fold(
-            f["target"],
-            images[f["top"]],
-            images[f["into"]],
-            tuple(images[d] for d in f["overlays"] if d in images),
-            tuple(catalog.chain(f["into"])[1:]),
-        )
-        for f in entry.data["folds"]
-        if f["top"] in images
-    ]
+# -- moving data -------------------------------------------------------------------------------------------------------
 
 
-async def _fold_all(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
-    """Commit every disk, relink every disk, put the tops away: all others are held off from the first to the last."""
-    folds = _folds(vm.catalog, entry)
-    paths = [path for fold in folds for path in (fold.into.path, fold.top.path)]
+def _written(deletion: Deletion) -> list[Path]:
+    """The layers that we alone may use: each fold's `into` and what goes, each pull's overlays."""
+    paths = [i.path for fold in deletion.folds for i in (fold.into, *fold.gone)]
+    return paths + [o.path for pull in deletion.pulls for o in pull.overlays]
+
+
+def _read(deletion: Deletion) -> list[Path]:
+    """The layers that nobody else may write: what pulls read from."""
+    return [i.path for pull in deletion.pulls for i in pull.gone]
+
+
+def _guarded(deletion: Deletion) -> contextlib.AbstractContextManager[ImageGuard]:
+    return locks.guard_images(_written(deletion), wait=GUARD_WAIT, users=locks.open_by, readers=_read(deletion))
+
+
+async def _move_all(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
+    """Merge every disk, relink every disk, put layers away: all others are held off from the first to the last."""
+    deletion = of_entry(vm.catalog, entry)
     merged: list[Merged] = []
-    with locks.guard_images(paths, wait=GUARD_WAIT, users=locks.open_by) as guard:
+    with _guarded(deletion) as guard:
         if not (await vm.driver.state()).is_off:
             raise VMRunning(f"{vm.name} was started a moment ago", hint=f"stop it; then: diskchain recover {vm.name}")
         if entry.state != "relink":
-            merged = await _commit_all(vm, entry, folds, guard, progress)
+            merged = await _merge_all(vm, entry, deletion, guard, progress)
             entry.advance("relink")
         else:
-            await _commit_again(vm, folds, guard, progress)
-        await _relink_all(vm, entry)
+            await _merge_again(vm, deletion, guard, progress)
+        await _relink_all(vm, entry, guard)
         _forget_layers(vm, entry)
         entry.advance("relinked")
-        layers.to_trash(fold.top.path for fold in folds)
+        layers.to_trash(vm.home.disks_dir / path for path in _gone_paths(entry))
     return merged
 
 
-async def _commit_all(vm: VM, entry: Entry, folds: list[Fold], guard: ImageGuard, progress: Progress) -> list[Merged]:
+async def _merge_all(vm: VM, entry: Entry, deletion: Deletion, guard: ImageGuard,
+                     progress: Progress) -> list[Merged]:  # fmt: skip
     """Move the data of every disk. Raise Unfinished when one did not end well."""
     unclean = entry.data["unclean"] or entry.state == "commit"
     if entry.state != "commit":
         entry.advance("commit")
     merged = []
     try:
-        for index, fold in enumerate(folds):
-            merged.append(await merge.fold(fold, guard, 2 * index, unclean=unclean, progress=progress))
+        for fold in deletion.folds:
+            merged.append(await merge.fold(fold, guard, unclean=unclean, progress=progress))
             point("delete.committed-one")
+        for pull in deletion.pulls:
+            for overlay in pull.overlays:
+                merged.append(await merge.pull(pull, overlay, guard, unclean=unclean, progress=progress))
+                point("delete.committed-one")
     except (DiskchainError, OSError) as error:
         entry.data["unclean"] = True
         with contextlib.suppress(DiskchainError):
@@ -265,26 +216,29 @@ async def _commit_all(vm: VM, entry: Entry, folds: list[Fold], guard: ImageGuard
     return merged
 
 
-async def _commit_again(vm: VM, folds: list[Fold], guard: ImageGuard, progress: Progress) -> None:
+async def _merge_again(vm: VM, deletion: Deletion, guard: ImageGuard, progress: Progress) -> None:
     """Recovery from `relink`: a top that the VM's definition still names may have been written since (somebody else than
     us can have started it): its data goes down once more. What names P already is the truth (a redo would put old over new).
     """
     named = await vm.driver.next_files() or {}
-    for index, fold in enumerate(folds):
+    for fold in deletion.folds:
         if named.get(fold.target) == fold.top.path:
-            await merge.fold(fold, guard, 2 * index, unclean=True, progress=progress)
+            await merge.fold(fold, guard, unclean=True, progress=progress)
 
 
-async def _relink_all(vm: VM, entry: Entry) -> None:
-    """Everything that named C names P. Can be repeated; never goes back to the commit."""
-    for fold in _folds(vm.catalog, entry):
+async def _relink_all(vm: VM, entry: Entry, guard: ImageGuard) -> None:
+    """Everything that named C names what it stands on now. Can be repeated; never goes back to the merge."""
+    deletion = of_entry(vm.catalog, entry)
+    for fold in deletion.folds:
         for overlay in fold.overlays:
             await _relink(overlay, fold.into)
             point("delete.relinked-one")
-    catalog, folds = vm.catalog, _folds(vm.catalog, entry)
-    for fold in folds:
-        catalog = catalog.folded(fold.target, fold.top.id, fold.into.id)
-    await vm.driver.align(catalog.active_chains(), [fold.top.path for fold in folds])
+    for pull in deletion.pulls:
+        for overlay in pull.overlays:
+            await merge.settle(pull, overlay, guard)
+            point("delete.relinked-one")
+    was = [layer.path for fold in deletion.folds for layer in fold.gone]
+    await vm.driver.align(moved(vm.catalog, deletion).active_chains(), was)
     point("delete.aligned")
 
 
@@ -298,53 +252,46 @@ async def _relink(overlay: Image, into: Image) -> None:
 
 def _forget_layers(vm: VM, entry: Entry) -> None:
     """Write the catalog of afterwards: survivors name P, with fresh fingerprints. Can be repeated."""
-    catalog = vm.catalog
-    folds = _folds(catalog, entry)
-    for fold in folds:
-        catalog = catalog.folded(fold.target, fold.top.id, fold.into.id)
-    gone = [u["id"] for u in entry.data["unlinks"]] + entry.data["kept"]
-    catalog = catalog.without_images(gone)
-    if entry.data["snapshot"] in catalog.snapshots:
-        catalog = catalog.without_snapshot(entry.data["snapshot"])
-    changed = {f.into.id for f in folds} | {d.id for f in folds for d in f.overlays}
+    deletion = of_entry(vm.catalog, entry)
+    catalog = without_snapshots(moved(vm.catalog, deletion), _snapshot_ids(entry))
+    changed = {f.into.id for f in deletion.folds} | {d.id for f in deletion.folds for d in f.overlays}
+    changed |= {d.id for p in deletion.pulls for d in p.overlays}
     active = set(catalog.active.values())
     catalog = layers.freeze(catalog, changed - active)
     catalog = catalog.with_images(replace(catalog.images[i], fingerprint=None) for i in changed & active)
     vm.save(catalog)
 
 
+# -- put off -----------------------------------------------------------------------------------------------------------
+
+
 async def make_bootable(vm: VM, entry: Entry) -> None:
-    """Wait for an orphaned engine to go, and put the metadata of both layers right, before a VM starts on them."""
-    folds = _folds(vm.catalog, entry)
-    if entry.state != "commit" or not folds:
+    """Wait for an orphaned engine to go, and put the metadata of the layers right, before a VM starts on them.
+
+    What a pull had already relinked stands on what it read from again: that is what the catalog says.
+    """
+    deletion = of_entry(vm.catalog, entry)
+    if entry.state != "commit" or not deletion.moves_data:
         return
-    paths = [path for fold in folds for path in (fold.into.path, fold.top.path)]
-    with locks.guard_images(paths, wait=GUARD_WAIT, users=locks.open_by) as guard:
-        for index, fold in enumerate(folds):
-            await merge.make_whole(fold, guard, 2 * index)
+    with _guarded(deletion) as guard:
+        for fold in deletion.folds:
+            await merge.make_whole(fold, guard)
+        for pull in deletion.pulls:
+            for overlay in pull.overlays:
+                await merge.put_back(pull, overlay, guard)
 
 
 def defer(vm: VM, entry: Entry) -> None:
-    """`start` wins: an interrupted commit becomes a pending merge; its plan is made anew when it is done."""
-    snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
+    """`start` wins: an interrupted merge becomes a pending one; its plan is made anew when it is done."""
+    deletion, catalog = of_entry(vm.catalog, entry), vm.catalog
     begun = entry.state == "commit" or entry.data["unclean"]
-    catalog = vm.catalog.with_snapshot(replace(snapshot, deleted=True, merge_begun=begun, memory=Memory()))
+    for snapshot in (*deletion.snapshots, *deletion.waits):
+        begun_too = begun and snapshot in deletion.snapshots
+        catalog = catalog.with_snapshot(replace(snapshot, deleted=True, merge_begun=begun_too, memory=Memory()))
     if begun:  # these images are no state of their own any more; what they look like says nothing
-        catalog = catalog.with_images(replace(f.into, fingerprint=None) for f in _folds(catalog, entry))
-    vm.save(catalog)
-    files.unlink_durably(vm.home.memory(snapshot.id))
+        catalog = catalog.with_images(replace(f.into, fingerprint=None) for f in deletion.folds)
+    pulled = {o.id for p in deletion.pulls for o in p.overlays} - set(catalog.active.values())
+    vm.save(layers.freeze(catalog, pulled))
+    for snapshot in (*deletion.snapshots, *deletion.waits):
+        files.unlink_durably(vm.home.memory(snapshot.id))
     entry.close()
-
-
-async def merge_pending(vm: VM, progress: Progress) -> list[Merged]:
-    """Carry out the merges that were put off, of a VM that is off; those that can't be yet stay pending."""
-    merged: list[Merged] = []
-    for snapshot in vm.catalog.pending():
-        try:
-            deletion = plan_delete(vm.catalog, replace(snapshot, protected=False))
-        except HasChildren as error:
-            progress.warn(f"the merge of {snapshot.name} stays pending: {error.message}")
-            continue
-        await check(vm, [deletion])
-        merged += await delete(vm, deletion, progress)
-    return merged

@@ -12,7 +12,7 @@ from diskchain.ops.vm import VM
 def rename(vm: VM, name: str, new: str) -> Snapshot:
     """Give a snapshot another name; a kept present becomes an ordinary snapshot by it. Raise NotFound, BadName."""
     snapshot, new = vm.catalog.find(name), snapshot_name(new)
-    if any(s.name == new and s.id != snapshot.id for s in vm.catalog.snapshots.values()):
+    if any(s.name == new and s.id != snapshot.id and not s.deleted for s in vm.catalog.snapshots.values()):
         raise BadName(f"{vm.name} has a snapshot {new!r} already", hint="choose another name")
     return _put(vm, replace(snapshot, name=new, automatic=False))
 

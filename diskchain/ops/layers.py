@@ -158,6 +158,13 @@ def verify_reference(image: Image, below: Image) -> None:
                            f"not {wanted!r} ({below.fmt})")  # fmt: skip
 
 
+def verify_alone(image: Image) -> None:
+    """Re-read an image's header. Raise ChainDamaged unless it stands on nothing."""
+    name = _header(image.path).backing_name
+    if name:
+        raise ChainDamaged(f"{image.path} names {name!r} as its backing file, it should stand alone")
+
+
 def names_backing(image: Path, below: Image) -> bool:
     """Whether an overlay's header names this image as its backing file: as we write it, or as others do."""
     header = _header(image)
@@ -165,6 +172,11 @@ def names_backing(image: Path, below: Image) -> bool:
     ours = name == qemu_img.backing_name_for(image, below.path)
     theirs = name != "" and ":" not in name and _same_file(image.parent / name, below.path)
     return (ours or theirs) and header.backing_format == below.fmt
+
+
+def names_as_we_do(image: Path, below: Image) -> bool:
+    """Whether an overlay's header names this image, in the way that we write it."""
+    return names_backing(image, below) and _header(image).backing_name == qemu_img.backing_name_for(image, below.path)
 
 
 def _header(path: Path) -> qcow2.Header:

@@ -56,6 +56,7 @@ class PendingView:
     snapshot: Snapshot
     bytes: int
     age_seconds: float | None
+    waits: bool = False  # several layers stand on its layer
 
     @property
     def seconds(self) -> int:
@@ -103,7 +104,7 @@ def gather(catalog: Catalog, home: Home, state: str, now: float) -> Listing:
     return Listing(
         vm=catalog.name, state=state, disks=len(catalog.active), current=current,
         snapshots=[view(catalog, home, s, now) for s in catalog.visible()],
-        pending=[PendingView(s, _to_merge(catalog, s), age(s.created, now)) for s in catalog.pending()],
+        pending=[_pending_view(catalog, s, now) for s in catalog.pending()],
         now_bytes=sum(_allocated(catalog.images[i].path) or 0 for i in catalog.active.values()),
         all_bytes=sum(_allocated(image.path) or 0 for image in images), layers=len(images),
     )  # fmt: skip
@@ -174,6 +175,12 @@ def _frees(catalog: Catalog, snapshot: Snapshot, memory: int) -> int | None:
     return total
 
 
+def _pending_view(catalog: Catalog, snapshot: Snapshot, now: float) -> PendingView:
+    waits = any(len(catalog.overlays_on(i)) > 1 for i in snapshot.disks.values())
+    size = sum(_allocated(catalog.images[i].path) or 0 for i in snapshot.disks.values())
+    return PendingView(snapshot, size if waits else _to_merge(catalog, snapshot), age(snapshot.created, now), waits)
+
+
 def _to_merge(catalog: Catalog, snapshot: Snapshot) -> int:
     tops = [o for image_id in snapshot.disks.values() for o in catalog.overlays_on(image_id)]
     return sum(_allocated(o.path) or 0 for o in tops)
@@ -239,7 +246,8 @@ def _listing_head(listing: Listing) -> dict[str, Any]:
     return {
         "vm": listing.vm, "state": listing.state, "current": listing.current, "now": {"keeps": listing.now_bytes},
         "unfinished": listing.unfinished,
-        "pending": [{"op": "merge", "snapshot": p.snapshot.name, "bytes": p.bytes} for p in listing.pending],
+        "pending": [{"op": "wait" if p.waits else "merge", "snapshot": p.snapshot.name, "bytes": p.bytes}
+                    for p in listing.pending],
     }  # fmt: skip
 
 

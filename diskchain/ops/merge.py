@@ -1,4 +1,4 @@
-"""One layer into its backing file, under the image guard: check, commit, check, sync. The only place data is moved.
+"""Layers into one below or above them, under the image guard: check, move, sync, check. The only place data is moved.
 
 What taught these lines (facts.md): `qemu-img commit -d` can be redone after any kill; one failed fdatasync in the
 default cache mode leaves clusters in use with refcount 0, and the re-run says exit 0; so after anything but a clean
@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diskchain.chain.allocation import new_bytes
+from diskchain.chain.allocation import Allocation, RawExtents, missing_bytes, new_bytes, union
+from diskchain.chain.deletion import Fold, Pull
 from diskchain.chain.model import Image
-from diskchain.chain.plan import Fold
 from diskchain.errors import ChainDamaged
 from diskchain.host import files, qemu_img
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
+from diskchain.ops import layers
 from diskchain.ops.allocation import allocated, raw_extents
 from diskchain.ops.approve import approve_chain
 from diskchain.ops.progress import Progress
@@ -38,45 +40,68 @@ class Merged:
     method: str
 
 
-def growth(top: Image, into: Image) -> int:
-    """Return how many bytes `into` can grow by when `top` is committed into it (from their allocation tables)."""
-    below = raw_extents(into.path) if into.fmt == "raw" else allocated(into.path)
-    return new_bytes(allocated(top.path), below)
+def growth(fold: Fold) -> int:
+    """Return how many bytes `into` can grow by when what goes is folded into it (from their allocation tables)."""
+    return new_bytes(union([allocated(i.path) for i in fold.gone]), held(fold.into))
 
 
-async def fold(fold: Fold, guard: ImageGuard, index: int, *, unclean: bool, progress: Progress) -> Merged:
-    """Commit one overlay into its backing file. `index`: place of `into` among the guard's images.
+def pulled(pull: Pull, overlay: Image) -> int:
+    """Return how many bytes an overlay can grow by when what it stands on is copied up into it."""
+    return missing_bytes([held(i) for i in pull.gone], allocated(overlay.path))
 
-    `unclean`: an earlier try did not end well. Raise ToolFailed, ChainDamaged, OSError: the redo copy (the overlay) is
+
+def held(image: Image) -> Allocation | RawExtents:
+    """Return what a layer holds."""
+    return raw_extents(image.path) if image.fmt == "raw" else allocated(image.path)
+
+
+async def fold(fold: Fold, guard: ImageGuard, *, unclean: bool, progress: Progress) -> Merged:
+    """Fold layers down into one below them.
+
+    `unclean`: an earlier try did not end well. Raise ToolFailed, ChainDamaged, OSError: the redo copy (what goes) is
     whole in every case.
     """
     began = time.monotonic()
     into, top = _nodes(fold)
     direct = unclean and supports_direct(fold.into.path)
     if unclean:
-        await make_whole(fold, guard, index)
+        await make_whole(fold, guard)
     else:
-        await _put_right(into, fold.into, direct=False)
-        await _put_right(top, fold.top, direct=False)
-    size = files.allocated_bytes(fold.top.path)
+        for image in (fold.into, *fold.gone):
+            await _put_right(image, direct=False)
+    method = "commit" if unclean else fold.method
+    size = sum(files.allocated_bytes(i.path) for i in fold.gone)
     progress.begin(f"merging {fold.target}", size, note="safe to interrupt")
     try:
         point("merge.committing")
-        await qemu_img.commit(top, direct=direct, guard=guard.fds,
-                              on_percent=lambda p: progress.update(int(size * p / 100)))  # fmt: skip
+        await _move(fold, method, direct, guard, lambda p: progress.update(int(size * p / 100)))
     finally:
         progress.end()
     point("merge.committed")
     await _fit(fold, into)
-    guard.sync(index)
-    result = await qemu_img.check(into, direct=direct)
-    if result.corruptions:
-        raise ChainDamaged(f"{fold.into.path} is not clean after the merge ({result.corruptions} errors)")
+    guard.sync(fold.into.path)
+    await _require_sound(fold.into, direct=direct)
     if unclean:
         await qemu_img.compare(top, into, direct=direct)
     return Merged(
-        fold.target, str(fold.top.path), str(fold.into.path), size, round(time.monotonic() - began, 3), fold.method
+        fold.target, str(fold.top.path), str(fold.into.path), size, round(time.monotonic() - began, 3), method
     )
+
+
+async def _move(fold: Fold, method: str, direct: bool, guard: ImageGuard, on_percent: Callable[[float], None]) -> None:
+    into, top = _nodes(fold)
+    if method in ("convert", "clone"):
+        await qemu_img.convert_into(top, into, clone=method == "clone", guard=guard.fds, on_percent=on_percent)
+        return
+    base = fold.into.path if fold.through else None
+    node = qemu_img.unlocked_chain([(i.path, i.fmt) for i in (*fold.gone, fold.into)]) if base else top
+    await qemu_img.commit(node, base=base, direct=direct, guard=guard.fds, on_percent=on_percent)
+
+
+async def _require_sound(image: Image, *, direct: bool) -> None:
+    result = await qemu_img.check(_alone(image), direct=direct)
+    if result.corruptions:
+        raise ChainDamaged(f"{image.path} is not clean after the merge ({result.corruptions} errors)")
 
 
 async def _fit(fold: Fold, into: dict[str, Any]) -> None:
@@ -89,17 +114,65 @@ async def _fit(fold: Fold, into: dict[str, Any]) -> None:
         point("merge.shrunk")
 
 
-async def make_whole(fold: Fold, guard: ImageGuard, index: int) -> None:
-    """After a merge that was cut off: repair the metadata of both layers, as the disk has them. Raise ChainDamaged."""
-    into, top = _nodes(fold)
+async def make_whole(fold: Fold, guard: ImageGuard) -> None:
+    """After a merge that was cut off: repair the metadata of the layers, as the disk has them. Raise ChainDamaged."""
     direct = supports_direct(fold.into.path)
-    guard.drop_cache(index)
-    await _put_right(into, fold.into, direct=direct)
-    await _put_right(top, fold.top, direct=direct)
+    guard.drop_cache(fold.into.path)
+    for image in (fold.into, *fold.gone):
+        await _put_right(image, direct=direct)
+
+
+async def pull(pull: Pull, overlay: Image, guard: ImageGuard, *, unclean: bool, progress: Progress) -> Merged:
+    """Copy what an overlay shows of the layers that go up into it; it stands on what they stood on then. Raise as `fold`."""
+    began = time.monotonic()
+    direct = unclean and supports_direct(overlay.path)
+    if unclean:
+        await put_back(pull, overlay, guard)
+    else:
+        await _put_right(overlay, direct=False)
+    size = pulled(pull, overlay)
+    below, fmt = (pull.below.path, pull.below.fmt) if pull.below else (None, "")
+    progress.begin(f"merging {pull.target}", size, note="safe to interrupt")
+    try:
+        point("merge.committing")
+        await qemu_img.pull(overlay.path, below, fmt, direct=direct, guard=guard.fds,
+                            on_percent=lambda p: progress.update(int(size * p / 100)))  # fmt: skip
+    finally:
+        progress.end()
+    point("merge.committed")
+    guard.sync(overlay.path)
+    await _require_sound(overlay, direct=direct)
+    seconds = round(time.monotonic() - began, 3)
+    return Merged(pull.target, str(pull.gone[0].path), str(overlay.path), size, seconds, pull.method)
+
+
+async def put_back(pull: Pull, overlay: Image, guard: ImageGuard) -> None:
+    """After a pull that was cut off: repair the overlay's metadata, and let it stand on what it was copied from again.
+
+    It shows the same there, whatever has been copied; and a pull that is done again begins from what is surely whole.
+    """
+    guard.drop_cache(overlay.path)
+    await _put_right(overlay, direct=supports_direct(overlay.path))
+    await _stand_on(overlay, pull.gone[0], guard)
+
+
+async def settle(pull: Pull, overlay: Image, guard: ImageGuard) -> None:
+    """After a pull that ended well: the overlay names what is below in the way that we write it. Can be repeated."""
+    if pull.below is None:
+        layers.verify_alone(overlay)
+    else:
+        await _stand_on(overlay, pull.below, guard)
+
+
+async def _stand_on(overlay: Image, below: Image, guard: ImageGuard) -> None:
+    if not layers.names_as_we_do(overlay.path, below):
+        await qemu_img.rebase_node(_alone(overlay), qemu_img.backing_name_for(overlay.path, below.path), below.fmt)
+        guard.sync(overlay.path)
+    layers.verify_reference(overlay, below)
 
 
 def _nodes(fold: Fold) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two layers as nodes under our guard, on what is below them.
+    """`into` and the top as nodes under our guard, on what is below them.
 
     `into` needs its own backing files: where its clusters are larger than the overlay's, what is written is less than
     a cluster, and QEMU fills the rest from below.
@@ -107,13 +180,20 @@ def _nodes(fold: Fold) -> tuple[dict[str, Any], dict[str, Any]]:
     below: dict[str, Any] | None = None
     for image in reversed(fold.below):
         below = qemu_img.read_only(image.path, image.fmt, below)
-    into = qemu_img.unlocked(fold.into.path, fold.into.fmt, below)
-    return into, qemu_img.unlocked(fold.top.path, fold.top.fmt, into)
+    into = top = qemu_img.unlocked(fold.into.path, fold.into.fmt, below)
+    for image in reversed(fold.gone):
+        top = qemu_img.unlocked(image.path, image.fmt, top)
+    return into, top
 
 
-async def _put_right(node: dict[str, Any], image: Image, *, direct: bool) -> None:
+def _alone(image: Image) -> dict[str, Any]:
+    """An image as a node without what it stands on."""
+    return qemu_img.unlocked(image.path, image.fmt)
+
+
+async def _put_right(image: Image, *, direct: bool) -> None:
     """Check an image and repair what qemu-img can; run it again when the repair itself stopped half-way."""
-    alone = {**node, "backing": None} if image.fmt == "qcow2" else node
+    alone = _alone(image)
     if (await qemu_img.check(alone, direct=direct)).clean:
         return
     for _ in range(3):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError, Refused
 from diskchain.host.fault import point
-from diskchain.ops import delete, layers, quiesce, recover, state_files
+from diskchain.ops import layers, pending, quiesce, recover, state_files
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM
@@ -60,7 +60,7 @@ async def stop(vm: VM, progress: Progress = QUIET, *, timeout: float, force: boo
     if not merge:
         return Stopped(changed, [])
     await recover.recover(vm, progress)
-    return Stopped(changed, await delete.merge_pending(vm, progress))
+    return Stopped(changed, await pending.merge_pending(vm, progress))
 
 
 async def _before_stop(vm: VM, progress: Progress, *, finish_save: bool) -> None:

@@ -119,25 +119,22 @@ async def _delete(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
     if undo:
         raise Refused("a delete that has begun can only go forward; nothing you see in the VM changes by it",
                       hint=f"diskchain recover {vm.name}")  # fmt: skip
-    if entry.state in ("intent", "commit") and entry.data["folds"] and not (await vm.driver.state()).is_off:
+    before = entry.state in ("intent", "commit")
+    if before and delete.moves_data(entry) and not (await vm.driver.state()).is_off:
         raise Unfinished(f"the merge of {entry.data['name']!r} waits until {vm.name} is off",
                          hint=f"diskchain stop {vm.name}")  # fmt: skip
-    if entry.state in ("intent", "commit"):
-        _verify_before_redo(vm, entry)
+    if before:
+        for fold in delete.of_entry(vm.catalog, entry).folds:
+            for image in fold.gone:
+                layers.verify_frozen(image)
     await delete.carry_out(vm, entry, progress)
     return "finished", "the merge is done"
-
-
-def _verify_before_redo(vm: VM, entry: Entry) -> None:
-    for fold in entry.data["folds"]:
-        if fold["top"] in vm.catalog.images:
-            layers.verify_frozen(vm.catalog.images[fold["top"]])
 
 
 async def before_start(vm: VM, progress: Progress) -> Recovered | None:
     """`start` wins: an interrupted commit is put off (after a look at both layers), everything else is resolved."""
     entry = journal.open_entry(vm.home)
-    if entry is not None and entry.op == "delete" and entry.state in ("intent", "commit") and entry.data["folds"]:
+    if entry is not None and entry.op == "delete" and entry.state in ("intent", "commit") and delete.moves_data(entry):
         await delete.make_bootable(vm, entry)
         delete.defer(vm, entry)
         return Recovered("delete", entry.data["name"], entry.state, "deferred", "it merges at the next stop")

@@ -60,7 +60,7 @@ class Prepared:
 def undo_target(vm: VM) -> str:
     """Return the snapshot that `undo` goes back to. Raise NotFound when there is none."""
     left = vm.catalog.left
-    if left is None or left not in vm.catalog.snapshots:
+    if left is None or left not in vm.catalog.snapshots or vm.catalog.snapshots[left].deleted:
         raise NotFound(f"there is nothing to undo on {vm.name}",
                        hint="only a revert that kept the present can be undone; see: diskchain list")  # fmt: skip
     return vm.catalog.snapshots[left].name
@@ -160,7 +160,7 @@ def read_definition(vm: VM, snapshot: Snapshot) -> Definition:
 
 
 def _keep(catalog: Catalog, request: Request, state: VMState) -> Snapshot:
-    names = {s.name for s in catalog.snapshots.values()}
+    names = {s.name for s in catalog.snapshots.values() if not s.deleted}
     number = catalog.keeps + 1
     while not request.keep_as and f"before-revert-{number}" in names:
         number += 1

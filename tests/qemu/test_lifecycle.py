@@ -158,17 +158,29 @@ def test_cold_revert_boots_from_the_disks_and_loses_nothing_that_was_on_them(mak
     guest.count()
 
 
-def test_delete_on_a_running_vm_is_refused_or_done_with_a_restart(make: Callable[..., Guest]) -> None:
-    """Exit 6 with the hint; --restart presses the button, merges, starts again."""
+def test_delete_on_a_running_vm_is_recorded_and_merged_at_stop_or_done_with_a_restart(
+    make: Callable[..., Guest],
+) -> None:
+    """Two more snapshots come on top before the merge: disks and memory of both are right afterwards."""
     guest = make()
     rig = guest.rig
-    rig.ok("create", "vm", "s", "--disk-only")
-    refused = rig.run("delete", "vm", "s", "-y")
-    assert refused.code == 6 and "--restart" in refused.err and "s" in rig.snapshots()
-    counted = guest.count()
-    mark = guest.console.mark()
-    done = rig.ok("delete", "vm", "s", "--restart", "-y", "--json").json
-    assert done["deferred"] is False and {m["disk"] for m in done["merged"]} == {"vda", "vdb"}
+    rig.ok("create", "vm", "s", "--memory")
+    body = rig.ok("delete", "vm", "s", "-y", "--json").json
+    assert body["deferred"] and body["pending"] == ["s"] and body["merged"] == [] and "s" not in rig.snapshots()
+    rig.ok("undelete", "vm", "s")
+    guest.back_to("s")
+    rig.ok("delete", "vm", "s", "before-revert-1", "-y")
+    for name in ("t", "u"):
+        guest.count()
+        rig.ok("create", "vm", name, "--memory")
+    stopped = rig.ok("stop", "vm", "--json").json
+    assert {m["method"] for m in stopped["merged"]} == {"commit"} and rig.file_verdict() == []
+    assert rig.ok("list", "vm", "--json").json["pending"] == [] and set(rig.snapshots()) == {"t", "u"}
+    for name in ("t", "u"):
+        guest.back_to(name)
+    counted, mark = guest.count(), guest.console.mark()
+    done = rig.ok("delete", "vm", "u", "--children", "--restart", "-y", "--json").json
+    assert {m["disk"] for m in done["merged"]} == {"vda", "vdb"}
     assert int(guest.console.wait(r"^C START (\d+)$", after=mark)[1]) >= counted
     guest.count()
     assert rig.file_verdict() == [] and guest.console.bad(after=mark) == []

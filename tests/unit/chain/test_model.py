@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diskchain.chain.deletion import plan_deletion
 from diskchain.chain.model import Catalog, Image, MiB, Snapshot, snapshot_name
-from diskchain.chain.plan import plan_delete, plan_revert_disks
-from diskchain.errors import BadName, ChainDamaged, HasChildren, NotFound, Protected, Refused
+from diskchain.chain.plan import plan_revert_disks
+from diskchain.errors import BadName, ChainDamaged, NotFound, Protected, Refused
 
 
 def image(key: str, backing: str | None, *, ours: bool = True) -> Image:
@@ -47,7 +48,7 @@ def test_find_by_name_and_id_and_not_at_all() -> None:
 
 def test_delete_with_one_overlay_folds_it_down_and_keeps_every_other_state() -> None:
     catalog = tree()
-    plan = plan_delete(catalog, catalog.find("s2"))
+    plan = plan_deletion(catalog, ["s2"])
     (fold,) = plan.folds
     assert (fold.top.id, fold.into.id, fold.overlays) == ("b", "a", ())
     after = catalog.folded("vda", "b", "a").without_snapshot("s2")
@@ -56,21 +57,21 @@ def test_delete_with_one_overlay_folds_it_down_and_keeps_every_other_state() -> 
 
 def test_delete_a_leaf_unlinks_only_what_we_made() -> None:
     catalog = tree()
-    assert [i.id for i in plan_delete(catalog, catalog.find("s3")).unlinks] == ["c"]
+    assert [i.id for i in plan_deletion(catalog, ["s3"]).unlinks] == ["c"]
     foreign = catalog.with_images([image("c", "base", ours=False)])
-    plan = plan_delete(foreign, foreign.find("s3"))
+    plan = plan_deletion(foreign, ["s3"])
     assert not plan.unlinks and [i.id for i in plan.kept] == ["c"]
 
 
-def test_delete_with_several_children_names_them() -> None:
-    with pytest.raises(HasChildren, match=r"name-s2 and name-s3"):
-        plan_delete(tree(), tree().find("s1"))
+def test_delete_with_several_children_lets_the_layer_wait() -> None:
+    plan = plan_deletion(tree(), ["s1"])
+    assert [s.id for s in plan.waits] == ["s1"] and not plan.moves_data and not plan.unlinks and not plan.snapshots
 
 
 def test_delete_a_protected_one_is_refused() -> None:
     catalog = tree().with_snapshot(Snapshot("s3", "name-s3", "", "s1", {"vda": "c"}, protected=True))
     with pytest.raises(Protected):
-        plan_delete(catalog, catalog.find("s3"))
+        plan_deletion(catalog, ["s3"])
 
 
 def test_folding_below_a_snapshot_moves_the_snapshot_and_its_overlays() -> None:

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -96,10 +97,60 @@ def used(web1: Web1) -> int:
     return sum(path.stat().st_blocks * 512 for path in web1.directory.glob("*.qcow2"))
 
 
-def test_delete_with_a_fork_exits_6(web1: Web1) -> None:
+def test_delete_at_a_fork_lets_the_layer_wait_and_its_name_is_free_again(web1: Web1) -> None:
     web1.run("create", "web1", "one")
     web1.run("revert", "web1", "one", "-y")
-    assert web1.run("delete", "web1", "one", "-y", "--json", code=6).json["error"]["kind"] == "HasChildren"
+    plan = web1.run("delete", "web1", "one", "-n").out
+    assert "its layer" in plan and "stays until one is left" in plan
+    body = web1.run("delete", "web1", "one", "-y", "--json").json
+    assert body["deferred"] and body["deleted"] == body["pending"] == ["one"] and body["merged"] == []
+    assert web1.run("list", "web1", "--json").json["pending"][0]["op"] == "wait"
+    assert "stays until one layer is left on it" in web1.run("list", "web1").out
+    assert web1.run("undelete", "web1", "one", "--json", code=6).json["error"]["kind"] == "Refused"
+    web1.run("create", "web1", "one")
+    merged = web1.run("delete", "web1", "before-revert-1", "-y", "--json").json
+    assert [m["method"] for m in merged["merged"]] == ["commit"] * 2 + ["unlink"] * 2 and merged["pending"] == []
+
+
+def test_delete_when_stopped_is_taken_back_until_it_is_merged(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    body = web1.run("delete", "web1", "one", "--when-stopped", "-y", "--json").json
+    assert body["deferred"] and body["pending"] == ["one"]
+    assert web1.run("undelete", "web1", "one", "--json").json["snapshot"]["name"] == "one"
+    web1.run("undelete", "web1", "one", code=4)
+    web1.run("delete", "web1", "one", "--when-stopped", "-y")
+    assert "fold" in web1.run("merge", "web1", "-n").out
+    assert web1.run("merge", "web1", "--json").json["pending"] == []
+    web1.run("undelete", "web1", "one", code=4)
+
+
+def test_delete_what_is_not_said_clearly_exits_2(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    for wrong in ((), ("one", "--older-than", "1d"), ("one", "--when-stopped", "--restart")):
+        web1.run("delete", "web1", *wrong, "-y", code=2)
+    web1.run("delete", "web1", "--older-than", "1d", "-y", code=4)
+    web1.run("accept", "web1", "--when-stopped", "--restart", "-y", code=2)
+
+
+def test_delete_older_than_leaves_protected_and_young_ones(web1: Web1) -> None:
+    for name in ("one", "two", "three"):
+        web1.run("create", "web1", name)
+    web1.run("protect", "web1", "one")
+    time.sleep(1.1)
+    body = web1.run("delete", "web1", "--older-than", "1s", "-y", "--json").json
+    assert body["deleted"] == ["two", "three"] and len(body["merged"]) == 2, "both in one pass"
+    assert [s["name"] for s in web1.run("list", "web1", "--json").json["snapshots"]] == ["one"]
+    web1.run("accept", "web1", "-y", code=6)
+
+
+def test_accept_of_nothing_and_of_branches(web1: Web1) -> None:
+    web1.run("accept", "web1", "-y", code=4)
+    web1.run("create", "web1", "one")
+    web1.run("revert", "web1", "one", "-y")
+    assert web1.run("accept", "web1", "-y", "--json", code=6).json["error"]["kind"] == "HasChildren"
+    assert "accept the present" in web1.run("accept", "web1", "--drop-branches", "-n").out
+    body = web1.run("accept", "web1", "--drop-branches", "-y", "--json").json
+    assert sorted(body["deleted"]) == ["before-revert-1", "one"] and body["pending"] == []
 
 
 def test_list_and_tree_as_json(web1: Web1) -> None:

@@ -1,0 +1,206 @@
+"""What a delete, an accept or a merge is going to do, in words and figures; and what stands in its way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from diskchain.chain.deletion import Deletion, Pull
+from diskchain.chain.model import Catalog, Image, Snapshot
+from diskchain.chain.plan import Plan
+from diskchain.chain.text import size as text_of
+from diskchain.errors import Busy, NoSpace, UnsupportedDisk, VMRunning
+from diskchain.host import files, locks
+from diskchain.ops import layers, merge, sharers
+from diskchain.ops.approve import approve_chain
+from diskchain.ops.vm import VM
+
+
+def verify(catalog: Catalog, deletion: Deletion) -> None:
+    """Look at every layer that a deletion reads, writes, relinks or unlinks. Raise HostileImage, ChainDamaged.
+
+    Not at a base that was merged into already: it is no state, and has no fingerprint to keep.
+    """
+    begun = any(s.merge_begun for s in deletion.snapshots)
+    for fold in deletion.folds if not begun else ():
+        layers.verify_chain(catalog, fold.top.id)
+        _verify_overlays(catalog, fold.overlays)
+    for pull in deletion.pulls:
+        for overlay in pull.overlays:
+            if overlay.id in catalog.images and catalog.images[overlay.id].backing == pull.gone[0].id:
+                layers.verify_chain(catalog, overlay.id)
+    for image in deletion.unlinks:
+        layers.verify_frozen(image)
+
+
+def _verify_overlays(catalog: Catalog, overlays: Sequence[Image]) -> None:
+    for overlay in overlays:
+        image = catalog.images[overlay.id]  # as it is now: a planned one may stand on what is still to be merged
+        layers.verify_overlay(image, catalog.images[image.backing or ""])
+
+
+# -- words and figures -------------------------------------------------------------------------------------------------
+
+
+def to_plan(vm: VM, deletions: Sequence[Deletion], *, title: str = "") -> Plan:
+    """Return the plan of some deletions in words and figures. Raise ChainDamaged, HostileImage."""
+    for deletion in deletions:
+        verify(vm.catalog, deletion)
+    steps = [step for d in deletions for step in _steps(d)]
+    moved = sum(_moved(d) for d in deletions)
+    named = [s for d in deletions for s in (*d.snapshots, *d.waits, *d.later)]
+    moving = any(d.moves_data for d in deletions)
+    return Plan(
+        title or f"{vm.name}: delete {', '.join(repr(s.name) for s in named)}",
+        tuple(steps) or ("nothing is to be done",), bytes=moved, space_needed=sum(_needs(deletions).values()),
+        lost=tuple(text for d in deletions for text in _lost(d)),
+        point_of_no_return="when the first merge begins (then forward only)" if moving else "",
+    )  # fmt: skip
+
+
+def _steps(deletion: Deletion) -> Iterator[str]:
+    for fold in deletion.folds:
+        names = ", ".join(i.path.name for i in fold.gone)
+        yield f"{fold.target}: fold {text_of(_held(fold.gone))} of {names} into {fold.into.path.name} ({fold.method})"
+    for pull in deletion.pulls:
+        names = ", ".join(i.path.name for i in pull.gone)
+        for overlay in pull.overlays:
+            count = text_of(merge.pulled(pull, overlay))
+            yield f"{pull.target}: copy up to {count} of {names} up into {overlay.path.name} ({pull.method})"
+        for image in pull.gone:
+            yield f"{pull.target}: " + (f"delete {image.path.name}" if image.ours else _let_go(image))
+    for image in deletion.unlinks:
+        yield f"{image.target}: delete {image.path.name} ({text_of(files.allocated_bytes(image.path))})"
+    for image in deletion.kept:
+        yield f"{image.target}: {_let_go(image)}"
+    for snapshot in deletion.waits:
+        yield (f"{snapshot.name}: let go of its name, configuration and memory; several layers stand on its layer, "
+               "which stays until one is left (--copy: copied into each of them now)")  # fmt: skip
+    for snapshot in deletion.later:
+        yield f"{snapshot.name}: recorded; it is merged when the VM is off (undelete takes it back until then)"
+
+
+def _let_go(image: Image) -> str:
+    return f"let go of {image.path.name}; the file stays (diskchain did not make it)"
+
+
+def _lost(deletion: Deletion) -> Iterator[str]:
+    gone = {i.id for i in deletion.unlinks}
+    for snapshot in (*deletion.snapshots, *deletion.waits):
+        if gone & set(snapshot.disks.values()) and not snapshot.deleted:
+            yield f"the disks' state of {snapshot.name}"
+        if snapshot.memory.saved:
+            yield f"the memory of {snapshot.name} ({text_of(snapshot.memory.bytes)})"
+
+
+def _held(images: Sequence[Image]) -> int:
+    return sum(files.allocated_bytes(i.path) for i in images)
+
+
+def _moved(deletion: Deletion) -> int:
+    down = sum(_held(fold.gone) for fold in deletion.folds)
+    return down + sum(merge.pulled(pull, overlay) for pull in deletion.pulls for overlay in pull.overlays)
+
+
+# -- what stands in the way --------------------------------------------------------------------------------------------
+
+
+async def check(vm: VM, deletions: Sequence[Deletion]) -> None:
+    """Raise what stands in the way of the deletions: VMRunning, HasSharers, ChainDamaged, UnsupportedDisk, NoSpace."""
+    if any(d.moves_data for d in deletions):
+        if not (await vm.driver.state()).is_off:
+            raise VMRunning(f"{vm.name} is on; a merge needs it to be off",
+                            hint=f"diskchain stop {vm.name}, or add --restart")  # fmt: skip
+        await vm.driver.refuse("merge")
+        await vm.verify_definition()
+    mine = list(vm.catalog.images.values())
+    for deletion in deletions:
+        await asyncio.to_thread(verify, vm.catalog, deletion)
+        for image in deletion.unlinks:
+            await _refuse_used(image.path)
+            sharers.refuse_overlays(vm, image, mine)
+        for fold in deletion.folds:
+            await _check_layers(vm, (fold.into, *fold.gone), mine)
+            _refuse_what_a_merge_loses((fold.into, *fold.gone))
+        for pull in deletion.pulls:
+            await _check_layers(vm, pull.overlays, mine)
+            for image in (i for i in pull.gone if i.ours):
+                sharers.refuse_overlays(vm, image, mine)
+            _refuse_what_a_merge_loses(pull.gone)
+            _refuse_other_sizes(pull)
+    _check_space(deletions)
+
+
+async def _check_layers(vm: VM, images: Sequence[Image], mine: Sequence[Image]) -> None:
+    for image in images:
+        await _refuse_used(image.path)
+        sharers.refuse_shared(vm, image, mine)
+
+
+async def _refuse_used(path: Path) -> None:
+    """Raise Busy when somebody has a layer open; a QEMU that was just killed gets a moment to let go."""
+    end = time.monotonic() + 2.0
+    while locks.image_in_use(path):
+        if time.monotonic() >= end:
+            raise Busy(f"{path} is in use by {locks.open_by(path)}", hint="end that program first")
+        await asyncio.sleep(0.05)
+
+
+def _refuse_what_a_merge_loses(images: Sequence[Image]) -> None:
+    for image in images:
+        found = approve_chain(image.path, image.fmt)[0]
+        if found.header and (found.header.has_bitmaps or found.header.snapshots):
+            what = "persistent dirty bitmaps" if found.header.has_bitmaps else "internal snapshots"
+            raise UnsupportedDisk(f"{image.path} holds {what}; a merge would lose them",
+                                  hint="qemu-img bitmap --remove / qemu-img snapshot -d, if nobody needs them")  # fmt: skip
+
+
+def _refuse_other_sizes(pull: Pull) -> None:
+    """A pull is made with layers of one size only: where they differ, QEMU below 9 can turn in a circle (facts.md)."""
+    images = (*pull.gone, *pull.overlays, *([pull.below] if pull.below else []))
+    sizes = {i.id: approve_chain(i.path, i.fmt)[0].virtual_size for i in images}
+    if len(set(sizes.values())) > 1:
+        names = ", ".join(f"{i.path.name} {text_of(sizes[i.id])}" for i in images)
+        raise UnsupportedDisk(f"{pull.target} was resized, its layers can't be copied upwards: {names}",
+                              hint="delete all branches but one, then it is folded down")  # fmt: skip
+
+
+def _needs(deletions: Sequence[Deletion]) -> dict[int, int]:
+    """Bytes needed at most, by filesystem."""
+    needs: dict[int, int] = {}
+    for path, count in ((p, c) for d in deletions for p, c in _growths(d)):
+        device = path.parent.stat().st_dev
+        needs[device] = needs.get(device, 0) + count
+    return needs
+
+
+def _growths(deletion: Deletion) -> Iterator[tuple[Path, int]]:
+    for fold in deletion.folds:
+        yield fold.into.path, merge.growth(fold)
+    for pull in deletion.pulls:
+        for overlay in pull.overlays:
+            yield overlay.path, merge.pulled(pull, overlay)
+
+
+def _check_space(deletions: Sequence[Deletion]) -> None:
+    needs = _needs(deletions)
+    freed = sum(s.memory.bytes for d in deletions for s in (*d.snapshots, *d.waits) if s.memory.saved)
+    for path in (path for d in deletions for path, _ in _growths(d)):
+        need, free = needs[path.parent.stat().st_dev], files.free_bytes(path)
+        if need > free + freed:
+            raise NoSpace(f"merging into {path.name} needs up to {text_of(need)}, {text_of(free)} are free",
+                          hint=f"free {text_of(need - free)} on {path.parent}" + _what_fits(deletions))  # fmt: skip
+
+
+def _what_fits(deletions: Sequence[Deletion]) -> str:
+    leaves = [s.name for d in deletions for s in d.snapshots if not _merged(d, s)]
+    return (
+        f"; deleting {', '.join(leaves)} alone needs nothing" if leaves else ", or delete a branch that you don't need"
+    )
+
+
+def _merged(deletion: Deletion, snapshot: Snapshot) -> bool:
+    gone = {i.id for i in (*deletion.unlinks, *deletion.kept)}
+    return not set(snapshot.disks.values()) <= gone
