@@ -27,7 +27,7 @@ from diskchain.cli.options import (
 )
 from diskchain.errors import Busy, DiskchainError, NotFound, UsageError, VMRunning
 from diskchain.ops import delete as ops
-from diskchain.ops import delete_plan, look, pending, power
+from diskchain.ops import delete_plan, look, methods, pending, power
 from diskchain.ops.merge import Merged
 from diskchain.ops.vm import VM, Host
 
@@ -142,7 +142,7 @@ async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
     async with host.look(name) as vm:
         is_on = not (await vm.driver.state()).is_off
         ids, later = asked.pick(vm.catalog), asked.when_stopped or (is_on and not asked.restart and not asked.copy)
-        deletions = plan_all(vm.catalog, ids, data=not later, copy=asked.copy)
+        deletions = methods.choose_all(plan_all(vm.catalog, ids, data=not later, copy=asked.copy))
         plan = _with_power(vm, _plan(vm, asked, deletions), deletions, is_on, asked.restart)
         if asked.dry_run:
             context.show_plan(app, plan)
@@ -192,7 +192,8 @@ async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[
     if not set(ids) <= {s.id for s in vm.catalog.visible()}:
         raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")
     merged: list[Merged] = []
-    for deletion in plan_all(vm.catalog, ids, data=data, copy=asked.copy):
+    for planned in plan_all(vm.catalog, ids, data=data, copy=asked.copy):
+        (deletion,) = methods.choose_all([planned])
         await delete_plan.check(vm, [deletion])
         merged += await ops.delete(vm, deletion, context.progress(app))
     return merged

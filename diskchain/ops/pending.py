@@ -7,7 +7,7 @@ from dataclasses import replace
 from diskchain.chain.deletion import Deletion, plan_deletion
 from diskchain.chain.model import Snapshot
 from diskchain.errors import NotFound, Refused
-from diskchain.ops import delete, delete_plan
+from diskchain.ops import delete, delete_plan, methods
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM
@@ -15,7 +15,7 @@ from diskchain.ops.vm import VM
 
 def plan(vm: VM) -> Deletion:
     """Return what can be carried out now of what was deleted before."""
-    return plan_deletion(vm.catalog, [])
+    return methods.choose_all([plan_deletion(vm.catalog, [])])[0]
 
 
 async def merge_pending(vm: VM, progress: Progress) -> list[Merged]:

@@ -1,0 +1,67 @@
+"""How each merge is done: the quickest right way by what the layers hold and where they lie (facts.md, docs/merging.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from diskchain.chain.allocation import Allocation, held_bytes, mean_run, union
+from diskchain.chain.deletion import Deletion, Fold, Pull
+from diskchain.chain.model import Image, KiB, MiB
+from diskchain.host import probe
+from diskchain.ops import merge
+from diskchain.ops.allocation import allocated
+from diskchain.ops.approve import approve_chain
+
+CLONE_FROM = 256 * KiB  # mean piece from which sharing blocks beats copying (measured on XFS: 2 MiB 15x, 64 KiB 0.6x)
+UP_BELOW = 0.6  # a pull flushes every write, and is worth it only where it moves clearly less ...
+UP_SAVES = 64 * MiB  # ... and much less
+
+
+def choose_all(deletions: Sequence[Deletion]) -> list[Deletion]:
+    """Return the deletions with the way that is best for each merge. Raise HostileImage, ChainDamaged, NotFound."""
+    return [_choose(d) for d in deletions]
+
+
+def _choose(deletion: Deletion) -> Deletion:
+    if any(s.merge_begun for s in deletion.snapshots):
+        return deletion  # after what did not end well only the careful way, which is `commit`
+    folds, pulls = [], list(deletion.pulls)
+    for fold in deletion.folds:
+        upwards = _upwards(fold)
+        if upwards:
+            pulls.append(upwards)
+        else:
+            folds.append(replace(fold, method=_method(fold)))
+    return replace(deletion, folds=tuple(folds), pulls=tuple(pulls))
+
+
+def _method(fold: Fold) -> str:
+    if fold.through or not _one_size((fold.top, fold.into)):
+        return "commit"
+    top = allocated(fold.top.path)
+    return "clone" if mean_run(top) >= CLONE_FROM and _shares_blocks(fold) else "convert"
+
+
+def _shares_blocks(fold: Fold) -> bool:
+    one, other = fold.top.path.parent, fold.into.path.parent
+    return one.stat().st_dev == other.stat().st_dev and bool(probe.directory(other).clone)
+
+
+def _upwards(fold: Fold) -> Pull | None:
+    """The same merge the other way, where that moves clearly less and the lower layers are ours to unlink."""
+    gone = (*fold.through, fold.into)
+    below = fold.below[0] if fold.below else None
+    if not all(i.ours for i in gone) or not _one_size((fold.top, *gone, *fold.below[:1])):
+        return None
+    pull = Pull(fold.target, gone, (fold.top,), below)
+    down, up = held_bytes(_held(fold.gone)), merge.pulled(pull, fold.top)
+    return pull if up < UP_BELOW * down and down - up > UP_SAVES else None
+
+
+def _held(images: Sequence[Image]) -> Allocation:
+    return union([allocated(i.path) for i in images])
+
+
+def _one_size(images: Sequence[Image]) -> bool:
+    return len({approve_chain(i.path, i.fmt)[0].virtual_size for i in images}) == 1

@@ -1,0 +1,239 @@
+"""Every way to merge, on every layout, on a filesystem that shares blocks and on one that does not: byte for byte the same.
+
+Killed in the middle and done again, too. The reference is the chain as plain qemu-img flattened it before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from diskchain.chain.deletion import Deletion, Fold, Pull
+from diskchain.chain.model import Image, Snapshot
+from diskchain.errors import DiskchainError
+from diskchain.host import locks, probe
+from diskchain.ops import merge, methods
+from diskchain.ops.merge import Merged
+from diskchain.ops.progress import QUIET
+from tests.support.rig import MiB, Rig
+
+# name: format and options of the lower layer, options of the upper one
+LAYOUTS = {
+    "plain": ("qcow2", "", ""),
+    "small-below": ("qcow2", "cluster_size=4k", ""),
+    "large-below": ("qcow2", "cluster_size=2M", "cluster_size=4k"),
+    "extended-above": ("qcow2", "", "extended_l2=on,cluster_size=128k"),
+    "extended-below": ("qcow2", "extended_l2=on,cluster_size=32k", "cluster_size=512"),
+    "old-below": ("qcow2", "compat=0.10", "compression_type=zstd"),
+    "raw-below": ("raw", "", "cluster_size=2M"),
+    "full-below": ("qcow2", "preallocation=full", ""),
+}
+METHODS = ("commit", "convert", "clone", "stream")
+SIZE = 16 * MiB
+
+
+@pytest.fixture(scope="module", params=["plain", "shares"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory on the filesystem of the tests, and one on XFS, which shares blocks."""
+    directory = tmp_path_factory.mktemp("methods")
+    if request.param == "plain":
+        yield directory
+        return
+    mounted, file = directory / "mnt", directory / "xfs.img"
+    mounted.mkdir()
+    with file.open("wb") as opened:
+        opened.truncate(1024 * MiB)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(file)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(file), str(mounted)], check=True)
+    try:
+        assert probe.directory(mounted).clone
+        yield mounted
+    finally:
+        subprocess.run(["umount", str(mounted)], check=True)
+        file.unlink()
+
+
+@dataclass
+class Chain:
+    """ground <- lower <- upper (a raw lower one stands on nothing), and what the upper one shows."""
+
+    lower: Image
+    upper: Image
+    ground: Image | None
+    shown: bytes
+
+    def merged_by(self, method: str) -> Fold | Pull:
+        """The merge of the two."""
+        if method == "stream":
+            return Pull("vda", (self.lower,), (self.upper,), self.ground)
+        below = (self.ground,) if self.ground else ()
+        return Fold("vda", self.upper, self.lower, (), (), below, method)
+
+
+def build(place: Path, layout: str, seed: int, *, size: int = SIZE, writes: int = 14, longest: int = 300) -> Chain:
+    """Make a chain with writes, zeroes, discards and compressed clusters at odd places in every layer."""
+    for old in place.glob("*.qcow2"):
+        old.unlink()
+    fmt, lower, upper = LAYOUTS[layout]
+    ground = None if fmt == "raw" or "full" in lower else _image(place, "ground", "qcow2", "", None, size)
+    if ground:
+        scribble(ground.path, "qcow2", seed, size, writes, longest, compressed=True)
+    low = _image(place, "lower", fmt, lower, ground, size)
+    scribble(low.path, fmt, seed + 1, size, writes, longest, compressed=ground is not None)
+    top = _image(place, "upper", "qcow2", upper, low, size)
+    scribble(top.path, "qcow2", seed + 2, size, writes, longest, compressed=True)
+    return Chain(low, top, ground, flat(top))
+
+
+def _image(place: Path, name: str, fmt: str, options: str, on: Image | None, size: int) -> Image:
+    path = place / f"{name}.qcow2"
+    backed = ["-b", on.path.name, "-F", on.fmt] if on else []
+    Rig.qemu_img("create", "-q", "-f", fmt, *(["-o", options] if options else []), *backed, str(path), str(size))
+    return Image(name, path, fmt, "vda", size, on.id if on else None, ours=True)
+
+
+def scribble(path: Path, fmt: str, seed: int, size: int, count: int, longest: int, *, compressed: bool) -> None:
+    """What a guest, and an import, would leave."""
+    rng, words = random.Random(seed), []
+    if compressed:  # first: a compressed write never goes where something is
+        words += ["-c", f"write -c -P 77 {rng.randrange(0, size // (2 * MiB)) * 2 * MiB} 2M"]
+    for _ in range(count):
+        offset, length = rng.randrange(0, size // 512 - longest) * 512, rng.randrange(1, longest) * 512
+        verb = rng.choice([f"write -P {rng.randrange(1, 255)}"] * 2 + ["write -z", "discard", "write -P 0"])
+        words += ["-c", f"{verb} {offset} {length}"]
+    done = subprocess.run(["qemu-io", "-f", fmt, "-d", "unmap", *words, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+
+
+def flat(image: Image) -> bytes:
+    """What a guest reads."""
+    out = image.path.with_suffix(".flat")
+    Rig.qemu_img("convert", "-f", image.fmt, "-O", "raw", str(image.path), str(out))
+    data = out.read_bytes()
+    out.unlink()
+    return data
+
+
+async def carry_out(work: Fold | Pull, *, unclean: bool = False) -> Merged:
+    """Under the guard, as `delete` does."""
+    written = [work.into.path, work.top.path] if isinstance(work, Fold) else [work.overlays[0].path]
+    readers = [] if isinstance(work, Fold) else [work.gone[0].path]
+    with locks.guard_images(written, wait=5, users=locks.open_by, readers=readers) as guard:
+        if isinstance(work, Fold):
+            return await merge.fold(work, guard, unclean=unclean, progress=QUIET)
+        merged = await merge.pull(work, work.overlays[0], guard, unclean=unclean, progress=QUIET)
+        await merge.settle(work, work.overlays[0], guard)
+        return merged
+
+
+def left(chain: Chain, work: Fold | Pull) -> bytes:
+    """What is shown when the layer that goes is gone."""
+    gone, stays = (work.top, work.into) if isinstance(work, Fold) else (chain.lower, chain.upper)
+    gone.path.unlink()
+    if stays.fmt == "qcow2":
+        code = subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", str(stays.path)], check=False).returncode
+        assert code in (0, 3), "3: clusters are leaked, nothing else"
+    return flat(stays)
+
+
+def taken(image: Image) -> int:
+    """Bytes on the disk; XFS takes more beyond the end for a while, and gives it back when it is needed."""
+    status = image.path.stat()
+    return min(status.st_blocks * 512, status.st_size)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_method_on_every_layout_keeps_every_byte(place: Path, layout: str) -> None:
+    for number, method in enumerate(METHODS):
+        chain = build(place, layout, 100 * number + len(layout))
+        work = chain.merged_by(method)
+        room = merge.growth(work) if isinstance(work, Fold) else merge.pulled(work, chain.upper)
+        grows = work.into if isinstance(work, Fold) else chain.upper
+        before = taken(grows)
+        merged = asyncio.run(carry_out(work))
+        assert merged.method == method
+        assert taken(grows) - before <= room, f"{method}: grew by more than was said"
+        assert left(chain, work) == chain.shown, method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_in_the_middle_and_done_again(place: Path, method: str) -> None:
+    """SIGKILL of qemu-img; the view through the upper layer is whole; the redo ends in the same content."""
+    rng, hit = random.Random(11), 0
+    for seed in range(3):
+        chain = build(place, "plain", 500 + seed, size=96 * MiB, writes=40, longest=8000)
+        work = chain.merged_by(method)
+        hit += asyncio.run(_killed(work, rng.uniform(0.01, 0.06)))
+        assert flat(chain.upper) == chain.shown, "the view through the upper layer"
+        asyncio.run(carry_out(work, unclean=True))
+        assert left(chain, work) == chain.shown
+    assert hit or method == "clone", "nothing was hit: it is too quick for this test"
+
+
+async def _killed(work: Fold | Pull, after: float) -> bool:
+    task = asyncio.create_task(carry_out(work))
+    end = time.monotonic() + 20
+    while not task.done() and time.monotonic() < end:
+        engine = _engine()
+        if engine:
+            await asyncio.sleep(after)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
+            break
+        await asyncio.sleep(0.001)
+    with contextlib.suppress(DiskchainError):
+        await task
+        return False
+    return True
+
+
+def _engine() -> int | None:
+    """Our qemu-img that moves data."""
+    for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            if words[0].endswith(b"qemu-img") and (b"commit" in words or b"convert" in words or b"-b" in words):
+                return int(child)
+    return None
+
+
+def deletion(chain: Chain, **more: bool) -> Deletion:
+    """The deletion of the lower layer's snapshot, as the planner makes it."""
+    snapshot = Snapshot("s", "s", "", None, {"vda": "lower"}, **more)  # type: ignore[arg-type]
+    fold = chain.merged_by("commit")
+    assert isinstance(fold, Fold)
+    return Deletion((snapshot,), (fold,))
+
+
+def test_the_method_is_chosen_by_size_of_pieces_filesystem_and_direction(place: Path) -> None:
+    """Large pieces are cloned where blocks can be shared; what moves much less upwards goes up."""
+    shares = bool(probe.directory(place).clone)
+    small = build(place, "plain", 1, writes=1, longest=2)
+    for number in range(12):
+        write(small.upper, f"write -P 5 {number}M 20k")
+    (chosen,) = methods.choose_all([deletion(small)])
+    assert [f.method for f in chosen.folds] == ["convert"]
+    (begun,) = methods.choose_all([deletion(small, merge_begun=True)])
+    assert [f.method for f in begun.folds] == ["commit"]
+    large = build(place, "plain", 1, size=256 * MiB, writes=1, longest=2)
+    write(large.upper, "write -P 3 0 160M")
+    (chosen,) = methods.choose_all([deletion(large)])
+    assert not chosen.folds and [p.method for p in chosen.pulls] == ["stream"], "the lower layer holds nearly nothing"
+    write(large.lower, "write -P 4 96M 160M")
+    (chosen,) = methods.choose_all([deletion(large)])
+    assert [f.method for f in chosen.folds] == ["clone" if shares else "convert"]
+
+
+def write(image: Image, command: str) -> None:
+    """Write into a layer."""
+    subprocess.run(["qemu-io", "-f", image.fmt, "-c", command, str(image.path)], check=True, capture_output=True)
