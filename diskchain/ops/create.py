@@ -16,7 +16,7 @@ import asyncio
 import getpass
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,7 +98,8 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         await refuse_without_agent(vm, state)
     overlays = layers.plan_overlays(vm.catalog, covered)
     save = "never" if request.skip else await _decide_memory(vm, request.memory, state)
-    state_files.check_can_capture(vm, await vm.driver.live_definition(), state, save)
+    definition = await vm.driver.live_definition()
+    state_files.check_can_capture(vm, definition, state, save)
     _check_space(vm, overlays, save)
     snapshot = Snapshot(
         id=new_id(), name=name, created=now_utc(), parent=vm.catalog.current, disks=covered,
@@ -107,7 +108,9 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         memory=Memory("none" if save == "never" else "saving"), partial=request.skip,
         frozen=quiesce or vm.catalog.asleep, unquiesced="interrupted" if quiesce else "",
     )  # fmt: skip
-    return Prepared(snapshot, overlays, state, save, _plan(vm, snapshot, overlays, state, save, quiesce), quiesce)
+    copied = [state_files.label(one.name) for one in vm.driver.state_files(definition)]
+    plan = _plan(vm, snapshot, overlays, state, save, quiesce, copied)
+    return Prepared(snapshot, overlays, state, save, plan, quiesce)
 
 
 async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapshot:
@@ -218,11 +221,13 @@ def _check_space(vm: VM, overlays: Mapping[str, Image], save: str) -> None:
                           hint="free space" + ("" if save == "never" else ", or use --disk-only"))  # fmt: skip
 
 
-def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMState, save: str, quiesce: bool) -> Plan:
+def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMState, save: str, quiesce: bool,
+          copied: Sequence[str]) -> Plan:  # fmt: skip
     steps = [
         f"{t}: freeze {vm.catalog.images[i.backing or ''].path.name}, go on in {i.path.name}"
         for t, i in overlays.items()
     ]
+    steps += [f"copy the {what}" for what in copied]
     ram = vm.driver.memory_bytes()
     if state is VMState.RUNNING:
         steps.insert(0, "pause the VM (milliseconds)" if save != "paused" else "pause the VM until its memory is saved")

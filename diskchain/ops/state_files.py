@@ -111,7 +111,7 @@ def check_can_capture(vm: VM, definition: Definition, state: VMState, save: str)
         vm.driver.check_helpers()
     if save == "never" and not state.is_off and (names := [label(s.name) for s in states if not s.settles]):
         raise Refused(f"{vm.name} is on and has {' and '.join(names)}: a snapshot without memory is not known to be safe",
-                      hint=f"leave --disk-only away, or stop it first: diskchain stop {vm.name}")  # fmt: skip
+                      hint=f"leave --disk-only and --skip-disk away, or stop it first: diskchain stop {vm.name}")  # fmt: skip
     for one in states:
         read_state(one)
 

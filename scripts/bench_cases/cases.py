@@ -71,9 +71,7 @@ def _series(bench: Bench, guest: Guest, count: int, *, huge_pages: bool) -> tupl
 
 
 def _most_of(mib: int) -> int:
-    return (
-        mib * 7 // 10 if mib <= 1024 else mib * 9 // 10
-    )  # what a guest never touches is another matter: docs/benchmarks.md
+    return mib * 7 // 10 if mib <= 1024 else mib * 9 // 10  # what is never touched: see docs/benchmarks.md
 
 
 def _pause_row(bench: Bench, guest: Guest, what: str, count: int) -> Row:

@@ -164,6 +164,8 @@ def test_define_killed_while_the_tpm_is_made_leaves_nothing_that_stands_in_the_w
 def test_delete_takes_the_copies_of_that_snapshot_and_no_others(rig: Rig) -> None:
     """The merge changes files, not states: what stands on the deleted one keeps its own."""
     states.write_present(rig, b"second")
+    plan = rig.ok("create", "vm", "s2", "-n", "--json").json["plan"]["steps"]
+    assert {"copy the NVRAM", "copy the TPM state"} <= set(plan)
     rig.ok("create", "vm", "s2")
     states.write_present(rig, b"now")
     before, present = states.copies(rig), states.present(rig)
