@@ -40,8 +40,11 @@ async def delete(vm: VM, deletion: Deletion, progress: Progress = QUIET) -> list
 
     Raise Unfinished when a merge stopped half-way: nothing is lost, `recover` goes on.
     """
+    catalog = vm.catalog
     for snapshot in deletion.later:
-        vm.save(vm.catalog.with_snapshot(replace(vm.catalog.snapshots[snapshot.id], deleted=True)))
+        catalog = catalog.with_snapshot(replace(catalog.snapshots[snapshot.id], deleted=True))
+    if deletion.later:
+        vm.save(catalog)
     if not (deletion.snapshots or deletion.waits):
         return []
     entry = journal.begin(vm.home, "delete", new_id(), now_utc(), _journal_data(deletion))

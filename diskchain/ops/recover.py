@@ -124,9 +124,10 @@ async def _delete(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
         raise Unfinished(f"the merge of {entry.data['name']!r} waits until {vm.name} is off",
                          hint=f"diskchain stop {vm.name}")  # fmt: skip
     if before:
-        for fold in delete.of_entry(vm.catalog, entry).folds:
-            for image in fold.gone:
-                layers.verify_frozen(image)
+        left = delete.of_entry(vm.catalog, entry)
+        gone = [i for fold in left.folds for i in fold.gone] + [i for pull in left.pulls for i in pull.gone]
+        for image in gone:
+            layers.verify_frozen(image)
     await delete.carry_out(vm, entry, progress)
     return "finished", "the merge is done"
 
