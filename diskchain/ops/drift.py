@@ -11,7 +11,7 @@ from diskchain.drivers import domain_xml
 from diskchain.drivers.domains import Domain
 from diskchain.drivers.machines import Registered
 from diskchain.drivers.suitable import suitable
-from diskchain.host import files
+from diskchain.host import files, locks
 
 
 def definition(registered: Registered, catalog: Catalog) -> Iterator[Finding]:
@@ -62,10 +62,21 @@ def _sources(name: str, which: str, xml: str, catalog: Catalog) -> Iterator[Find
         if image is None or disk.path is None:
             continue
         says = catalog.images[image].path
-        if says != disk.path and not files.same_file(says, disk.path):
+        if which == "live" and is_stale(disk.path, says):
+            yield warning("libvirt-stale", f"{name} {disk.target}", f"QEMU writes to {says}, as the catalog says; libvirt "
+                          f"believes {disk.path}", f"diskchain stop {name}; diskchain start {name}")  # fmt: skip
+        elif says != disk.path and not files.same_file(says, disk.path):
             yield error("active-differs", f"{name} {disk.target}", f"its {which} definition names {disk.path}, the catalog "
                         f"says {says}: something else than diskchain changed it",
                         f"diskchain adopt {name}; do not start it before")  # fmt: skip
+
+
+def is_stale(believed: Path, path: Path) -> bool:
+    """Whether a QEMU writes to `path` and none to what libvirt believes that it writes to: QEMU's own locks tell."""
+    try:
+        return believed != path and locks.has_writer(path) and not locks.has_writer(believed)
+    except OSError:
+        return False
 
 
 def _belongs(catalog: Catalog, target: str, path: Path) -> bool:

@@ -72,6 +72,8 @@ def test_libvirtd_killed_when_qemu_had_switched_the_layers_in_use_are_kept(
     assert code == 0, err
     assert rig.verdict(present="now") == [f"live {t}: {p}" for t, p in rig.snapshots()["s0"].items()]
     refused(rig, "create", "vm", "s1", code=8, says="libvirt believes")
+    codes = {f["code"] for f in rig.run("check", "vm", "--json").json["findings"]}
+    assert "libvirt-stale" in codes and "active-differs" not in codes
     rig.ok("stop", "vm", "--force", "-y")
     rig.ok("start", "vm", "--paused")
     assert rig.verdict(present="now") == []
