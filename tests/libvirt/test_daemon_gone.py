@@ -5,10 +5,12 @@ Without a guest where a paused domain tells as much: what matters is which files
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -140,3 +142,56 @@ def test_libvirtd_ends_in_a_create_with_memory_the_guest_counts_on(domain: Make,
         assert live.wrong(mark) == [], (sig, point)
     live.go_back_to_all()
     live.console.close()
+
+
+REVERT_STEPS = [
+    "revert.stopping",
+    "revert.stopped.after",
+    "revert.catalog",
+    "revert.definition",
+    "revert.loaded.before",
+]
+
+
+def test_libvirtd_killed_in_a_revert_with_memory_ends_in_one_of_two_whole_states(
+    domain: Make, daemon: Libvirtd
+) -> None:
+    """At our steps, and while libvirt starts the QEMU that loads the memory: no second QEMU is left, all sides agree."""
+    rig = paused(domain)
+    rig.remember("now")
+    rig.expected["s0"] = rig.expected["now"]
+    rig.ok("create", "vm", "s0", "--memory=paused")
+
+    def restart() -> None:
+        daemon.stop(signal.SIGKILL)
+        daemon.start()
+
+    def is_whole() -> None:
+        if rig.journal():
+            rig.ok("recover", "vm")
+        assert rig.verdict(present="now") == [] and rig.virsh("domstate", "vm") == "paused"
+        assert len(qemus(rig)) == 1
+
+    for point in some(REVERT_STEPS, 3):
+        code, err = stopped_at(rig, point, "revert", "vm", "s0", "--discard", "-y", meanwhile=restart)
+        assert code in (0, 1, 3, 9) and "Traceback" not in err, (point, code, err)
+        is_whole()
+    before = qemus(rig)
+    process = rig.popen("revert", "vm", "s0", "--discard", "-y")
+    wait_for(lambda: qemus(rig) - before, "libvirt starts another QEMU")
+    restart()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (0, 1, 3, 9) and "Traceback" not in err, (process.returncode, err)
+    is_whole()
+
+
+def qemus(rig: DomainRig) -> set[int]:
+    """Every QEMU of the domain, whether libvirt knows it or not."""
+    (home,) = rig.dir.glob(".diskchain/*")
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if b"qemu-system" in words[0] and os.fsencode(home.name) in words:
+                found.add(int(process.name))
+    return found
