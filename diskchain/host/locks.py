@@ -185,6 +185,17 @@ def _held(fd: int, first: int, count: int) -> bool:
     return bool(struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, probe))[0] != fcntl.F_UNLCK)
 
 
+def is_open(path: Path) -> bool:
+    """Whether another process has the file open (as far as /proc lets us see)."""
+    try:
+        wanted = path.stat()
+    except OSError:
+        return False
+    return any(
+        p.name.isdigit() and int(p.name) != os.getpid() and _has_open(p, wanted) for p in Path("/proc").iterdir()
+    )
+
+
 def open_by(path: Path) -> str:
     """Given a file, return who has it open, in words (as far as /proc lets us see); for messages only."""
     wanted = path.stat()

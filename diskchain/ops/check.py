@@ -203,7 +203,7 @@ def _active(seen: Look, catalog: Catalog) -> Iterator[Finding]:
         if says is None:
             yield error("active-differs", f"{seen.name} {target}", f"QEMU has no such disk, the catalog says {path}",
                         f"diskchain recover {seen.name}; do not stop the VM before you have a backup from inside")  # fmt: skip
-        elif says != path and not files.same_file(says, path) and not drift.is_stale(says, path):
+        elif says != path and not files.same_file(says, path) and not drift.is_stale(catalog, target, says):
             yield error("active-differs", f"{seen.name} {target}", f"QEMU writes to {says}, the catalog says {path}",
                         f"diskchain recover {seen.name}; do not stop the VM before you have a backup from inside")  # fmt: skip
 
