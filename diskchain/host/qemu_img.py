@@ -128,12 +128,24 @@ async def convert_into(
     """Write what the overlay itself holds into its backing file, in place; both of one size, under our guard.
 
     `-B` makes convert look at the overlay's own layer only (the name is never opened), `-n` keeps the target. Never
-    without -t (the default writes without a flush), never -S 0. Its exit code says nothing about the last flush: the
-    caller syncs and checks. `clone`: let the filesystem share the blocks (`-C`).
+    without -t (the default writes without a flush), never -S 0. `clone`: let the filesystem share the blocks (`-C`).
+    The caller syncs and checks. Raise ToolFailed.
     """
-    await run(["qemu-img", "convert", "-p", "-n", "-W", "-m", "16", "-t", "writeback", "-B", "below",
-               *(["-C"] if clone else []), "-O", str(into["driver"]), _json(overlay), _json(into)],
-              timeout=None, pass_fds=guard, on_output=_percent(on_percent))  # fmt: skip
+    await _run_to_the_last_word(
+        ["qemu-img", "convert", "-p", "-n", "-W", "-m", "16", "-t", "writeback", "-B", "below",
+         *(["-C"] if clone else []), "-O", str(into["driver"]), _json(overlay), _json(into)],
+        guard, on_percent)  # fmt: skip
+
+
+async def _run_to_the_last_word(argv: list[str], guard: Sequence[int], on_percent: Callable[[float], None]) -> None:
+    """Run it; whatever it says on stderr is a failure, too.
+
+    qemu-img writes an image's tables when it closes it, and ends with 0 when that fails: all that is heard of it is
+    "Failed to flush the L2 table cache: No space left on device". The image is clean then, and lacks the data.
+    """
+    result = await run(argv, timeout=None, pass_fds=guard, on_output=_percent(on_percent))
+    if result.stderr.strip():
+        raise ToolFailed(argv, result.returncode, result.stderr)
 
 
 async def pull(
@@ -150,10 +162,10 @@ async def pull(
     Every write is flushed (-t writethrough): the new reference is written last, when all that was copied is on the disk.
     A killed pull leaves an overlay that shows the same, on the one or on the other.
     """
-    await run(["qemu-img", "rebase", "-p", "-t", "directsync" if direct else "writethrough", "-b", str(below or ""),
-               *(["-F", fmt] if below else []),
-               _json({"driver": "qcow2", "file": unlocked(overlay, "qcow2")["file"]})],
-              timeout=None, pass_fds=guard, on_output=_percent(on_percent))  # fmt: skip
+    await _run_to_the_last_word(
+        ["qemu-img", "rebase", "-p", "-t", "directsync" if direct else "writethrough", "-b", str(below or ""),
+         *(["-F", fmt] if below else []), _json({"driver": "qcow2", "file": unlocked(overlay, "qcow2")["file"]})],
+        guard, on_percent)  # fmt: skip
 
 
 def _percent(on_percent: Callable[[float], None]) -> Callable[[str], None]:
