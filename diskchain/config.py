@@ -37,12 +37,20 @@ class StopSettings:
 
 
 @dataclass(frozen=True)
+class LibvirtSettings:
+    """[libvirt]"""
+
+    register: bool = False  # list new snapshots of domains in virsh snapshot-list too, where virsh could destroy them
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings, and where diskchain keeps what belongs to this host."""
 
     create: CreateSettings = field(default_factory=CreateSettings)
     revert: RevertSettings = field(default_factory=RevertSettings)
     stop: StopSettings = field(default_factory=StopSettings)
+    libvirt: LibvirtSettings = field(default_factory=LibvirtSettings)
     state_dir: Path = Path("/var/lib/diskchain")  # definitions of the machines that diskchain runs
     run_dir: Path = Path("/run/diskchain")  # sockets and pid files of running machines
     wait: float = 10.0  # seconds to wait for another operation on the same VM
@@ -96,7 +104,7 @@ def _merged(config: Config, data: Mapping[str, Any], file: Path) -> Config:
     for key, value in data.items():
         _known(key, (f.name for f in fields(config)), file, key)
         now = getattr(config, key)
-        if isinstance(now, (CreateSettings, RevertSettings, StopSettings)):
+        if isinstance(now, (CreateSettings, RevertSettings, StopSettings, LibvirtSettings)):
             if not isinstance(value, dict):
                 raise UsageError(f"{file}: {key} is a table: [{key}]")
             for name, item in value.items():

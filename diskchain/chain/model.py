@@ -84,6 +84,7 @@ class Snapshot:
     quiesced: bool = False  # its file systems were frozen at that moment, all of them, until we thawed them
     unquiesced: str = ""  # why they were not, though that was asked for
     frozen: bool = False  # its memory may hold them frozen: whoever loads it thaws them
+    registered: bool = False  # libvirt lists it too
     captured: Mapping[str, Mapping[str, str]] = field(
         default_factory=dict
     )  # nvram, tpm: sha256 by file in its directory
@@ -111,6 +112,7 @@ class Catalog:
         str, ...
     ] = ()  # last layers of disks that the VM had once: kept, active again if the disk comes back
     asleep: bool = False  # its memory was loaded, and it has not run since: `resume` wakes it
+    roles: Mapping[str, str] = field(default_factory=dict)  # os or data, where disk-role said so
     state_files: tuple[str, ...] = ()  # nvram, tpm: made once, so never made anew in silence
 
     # -- looking ---------------------------------------------------------------------------------------------------

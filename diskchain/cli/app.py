@@ -85,6 +85,7 @@ COMMANDS = [
     Entry("pause", "power", "pause", "Let a VM stand still.", _ANY),
     Entry("resume", "power", "resume", "Let a paused VM go on.", _ANY),
     Entry("console", "console", "console", "Be at the serial console of a VM; leave with Ctrl-].", _ANY),
+    Entry("disk-role", "disk", "disk_role", "Say what a domain's disk is for: os or data.", _ANY),
     Entry("create", "create", "create", "Take a snapshot of a VM, with its memory when it runs.", _SNAPSHOTS),
     Entry("list", "look", "list_", "List snapshots, oldest first.", _SNAPSHOTS),
     Entry("tree", "look", "tree", "Show the tree of snapshots, and where the VM is in it.", _SNAPSHOTS),

@@ -55,6 +55,7 @@ class CreateCommand(click.Command):
     help="Leave a disk out (again for more). The snapshot is partial, and without memory.",
 )
 @click.option("--quiesce", is_flag=True, help="Let the guest agent freeze the file systems; refused without an agent.")
+@click.option("--register", is_flag=True, help="List it in virsh snapshot-list too, where virsh could destroy it.")
 @click.option("--max-pause", type=Duration(), metavar="TIME", help="Warn of a longer pause (default 500ms).")
 @jobs_option
 @changing_options
@@ -67,6 +68,7 @@ def create(
     disk_only: bool,
     skip: tuple[str, ...],
     quiesce: bool,
+    register: bool,
     max_pause: float | None,
     jobs: int,
     wait: float | None,
@@ -85,9 +87,8 @@ def create(
         raise UsageError(f"create.memory is {settings.memory!r}", hint="auto, always or never")
     save = "never" if disk_only else memory or BY_CONFIG[settings.memory]
     pause = settings.max_pause if max_pause is None else max_pause
-    request = Request(
-        "" if name is None else snapshot_name(name), description, save, pause, tuple(dict.fromkeys(skip)), quiesce
-    )
+    label = "" if name is None else snapshot_name(name)
+    request = Request(label, description, save, pause, tuple(dict.fromkeys(skip)), quiesce, register)
     work = _plan if dry_run else _create
     many.on_each(app, host, vm, lambda app, name: work(app, host, name, request), jobs=jobs)
 

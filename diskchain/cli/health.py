@@ -20,6 +20,7 @@ from diskchain.ops.status import Status
 from diskchain.ops.vm import Host
 
 STATUS_COLUMNS = ["VM", "STATE", "SNAPS", "OLDEST", "DEPTH", "USED", "GROWTH", "FULL IN", "PENDING", "NOTES"]
+STATUS_KNOWN = [*STATUS_COLUMNS, "ROLES"]
 
 
 def _names(host: Host, vm: str | None) -> list[str]:
@@ -32,14 +33,14 @@ def _names(host: Host, vm: str | None) -> list[str]:
 
 @click.command(epilog="Example: diskchain status web1")
 @maybe_vms_argument
-@click.option("-o", "--output", "columns", metavar="COLS", help=f"Columns: {','.join(STATUS_COLUMNS)}.")
+@click.option("-o", "--output", "columns", metavar="COLS", help=f"Columns: {','.join(STATUS_KNOWN)}.")
 @click.option("-H", "--no-headers", is_flag=True, help="Tabs, exact bytes, no header: for scripts.")
 @common
 def status(vm: str | None, columns: str | None, no_headers: bool) -> None:
     """One line a VM: state, snapshots, space, and what to look at. Exit 10: warnings, 11: errors."""
     app = context.current()
     host = context.open_host(app)
-    names = render.columns(columns, STATUS_COLUMNS, STATUS_COLUMNS)
+    names = render.columns(columns, STATUS_KNOWN, STATUS_COLUMNS)
     found = context.run_async(_each([ops_status.status(host, name) for name in _names(host, vm)]))
     rows = [_row(one, exact=no_headers) for one in found]
     lines = render.table(rows, names, headers=not no_headers)
@@ -71,6 +72,7 @@ def _row(one: Status, *, exact: bool) -> dict[str, str]:
         "OLDEST": "-" if oldest is None else str(int(oldest)) if exact else render.duration(oldest),
         "DEPTH": "-" if one.depth is None else str(one.depth), "USED": shown(one.used), "GROWTH": "-", "FULL IN": "-",
         "PENDING": shown(one.pending or None), "NOTES": "; ".join(_note(one.name, f) for f in one.findings),
+        "ROLES": ",".join(f"{target}={role}" for target, role in one.roles.items()) or "-",
     }  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def _memory(shown: Shown) -> list[tuple[str, str]]:
 
 
 def _layer_line(layer: dict[str, Any]) -> str:
-    return f"  {layer['target']}  {layer['format']:<5}  {size(layer['bytes']):>5}  {layer['path']}"
+    return f"  {layer['target']}  {layer['role']:<4}  {layer['format']:<5}  {size(layer['bytes']):>5}  {layer['path']}"
 
 
 def _configuration(machine: dict[str, Any]) -> list[str]:

@@ -11,13 +11,11 @@ from diskchain.cli.app import App, common
 from diskchain.errors import UsageError
 from diskchain.ops import setup as ops
 
-_HOOKS = Path("/etc/libvirt/hooks")
-
 
 @click.command(epilog="Example: diskchain setup --hook")
 @click.option("--hook", is_flag=True, help="Install the libvirt hook that refuses to start a domain on a frozen layer.")
 @click.option(
-    "--hooks-dir", type=click.Path(path_type=Path), default=_HOOKS, show_default=True, help="libvirt's hooks."
+    "--hooks-dir", type=click.Path(path_type=Path), default=ops.HOOKS, show_default=True, help="libvirt's hooks."
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan, change nothing.")
 @common

@@ -110,6 +110,19 @@ def aliases(text: str) -> dict[str, str]:
     return {target: alias for target, alias in found.items() if alias}
 
 
+def backing_stores(text: str) -> dict[str, list[Path]]:
+    """Return for each disk the chain that libvirt noted, top first; nothing for one without a note, or not all in files."""
+    found = {}
+    for element in _disk_elements(parse(text)):
+        chain, store = [element.find("source")], element.find("backingStore")
+        while store is not None and store.find("source") is not None:
+            chain.append(store.find("source"))
+            store = store.find("backingStore")
+        paths = [Path(s.get("file", "")) for s in chain if s is not None and s.get("file")]
+        found[_target(element)] = paths if len(paths) == len(chain) and len(paths) > 1 and store is not None else []
+    return found
+
+
 def with_sources(text: str, tops: Mapping[str, tuple[Path, str]]) -> str:
     """Return the XML with these files (and formats) as the disks' sources.
 
@@ -173,6 +186,40 @@ def snapshot(text: str, overlays: Mapping[str, Image]) -> str:
     return _text(root)
 
 
+def listed(name: str, description: str, created: int, parent: str | None, state: str, memory: Path | None, domain: str,
+           layers: Mapping[str, tuple[Image, Path]]) -> str:  # fmt: skip
+    """Return the snapshot XML that stands in libvirt's list. `layers`: for each disk what was frozen, and what came on top.
+
+    `state`: running, paused, shutoff or disk-snapshot; `domain`: the definition of then.
+    """
+    root = ET.Element("domainsnapshot")
+    for tag, text in (("name", name), ("description", description), ("state", state), ("creationTime", str(created))):
+        ET.SubElement(root, tag).text = text
+    if parent:
+        ET.SubElement(ET.SubElement(root, "parent"), "name").text = parent
+    kept = {"snapshot": "external", "file": str(memory)} if memory else {"snapshot": "no"}
+    ET.SubElement(root, "memory", kept)
+    disks_of = ET.SubElement(root, "disks")
+    for disk in disks(domain):
+        if disk.target not in layers:
+            ET.SubElement(disks_of, "disk", {"name": disk.target, "snapshot": "no"})
+            continue
+        element = ET.SubElement(disks_of, "disk", {"name": disk.target, "snapshot": "external", "type": "file"})
+        ET.SubElement(element, "driver", {"type": "qcow2"})
+        ET.SubElement(element, "source", {"file": str(layers[disk.target][1])})
+    root.append(parse(with_sources(domain, {t: (frozen.path, frozen.fmt) for t, (frozen, _) in layers.items()})))
+    return _text(root)
+
+
+def with_mark(snapshot: str, mark: str) -> str:
+    """Return a listed snapshot's XML with a mark at the end of its description."""
+    root = ET.fromstring(snapshot)  # noqa: S314 - our own
+    element = root.find("description")
+    assert element is not None
+    element.text = f"{element.text or ''} {mark}".strip()
+    return _text(root)
+
+
 # -- what else a snapshot must know ------------------------------------------------------------------------------------
 
 
@@ -218,6 +265,19 @@ def machine_type(text: str) -> str:
     """Return the machine type, like pc-q35-7.2."""
     found = parse(text).find("./os/type")
     return found.get("machine", "") if found is not None else ""
+
+
+def summary(text: str) -> dict[str, object]:
+    """Return what people look for in a configuration, under the names that a machine file has for it."""
+    root = parse(text)
+    memory, machine = root.find("memory"), root.find("./os/type")
+    loader = (root.findtext("./os/loader") or "") + _attribute(root, "./os", "firmware")
+    firmware = "uefi" if "efi" in loader.lower() or "OVMF" in loader else "bios"
+    return {
+        "name": root.findtext("name") or "", "memory": _size(memory) if memory is not None else 0,
+        "cpus": int(root.findtext("vcpu") or 1), "machine": machine.get("machine", "") if machine is not None else "",
+        "firmware": firmware, "tpm": bool(root.findall("./devices/tpm")), "nets": [{"mac": mac} for mac in _macs(root)],
+    }  # fmt: skip
 
 
 # -- differences in words ----------------------------------------------------------------------------------------------

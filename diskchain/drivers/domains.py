@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 
 from diskchain.drivers import domain_xml
 from diskchain.drivers.domain_xml import DomainDisk
+from diskchain.drivers.host_xml import Security, security
 from diskchain.errors import NotFound, Refused, Unreachable
+from diskchain.host import libvirt_daemon
 
 SYSTEM = "qemu:///system"
-_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Domain:
     persistent: bool
     active: bool
     managed_save: bool
-    snapshots: int  # that libvirt has metadata of
+    snapshots: tuple[
+        tuple[str, int], ...
+    ]  # that libvirt has metadata of: name, time of its making (seconds of the epoch)
     xmls: tuple[str, ...]
     disks: tuple[DomainDisk, ...] = ()  # of the first of them (live, where it runs), pool volumes resolved
 
@@ -37,6 +40,17 @@ class Domain:
         """Every file that any of its definitions names as a disk's source."""
         all_disks = [*self.disks, *(disk for xml in self.xmls for disk in domain_xml.disks(xml))]
         return tuple(dict.fromkeys(disk.path for disk in all_disks if disk.path is not None))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A libvirt daemon: versions as numbers (9.0.0 = 9000000), how it confines QEMU, its qemu.conf as far as it can be read."""
+
+    libvirt: int
+    qemu: int
+    security: Security
+    settings: Mapping[str, str]
+    config: Path | None
 
 
 def choose_uri(asked: str | None, env: Mapping[str, str] = os.environ) -> str | None:
@@ -49,7 +63,7 @@ def choose_uri(asked: str | None, env: Mapping[str, str] = os.environ) -> str | 
     if uri == "none":
         return None
     if not uri:
-        there = any(Path(socket).exists() for socket in _SOCKETS)
+        there = any(socket.exists() for socket in libvirt_daemon.SOCKETS)
         return SYSTEM if there and importlib.util.find_spec("libvirt") else None
     parts = urlsplit(uri)
     driver, _, transport = parts.scheme.partition("+")
@@ -109,6 +123,13 @@ class Domains:
         if found is None:
             raise NotFound(f"libvirt has no domain {name!r}", hint="virsh list --all")
         return found
+
+    def facts(self) -> Facts:
+        """Return what the daemon says of itself. Raise Unreachable."""
+        assert self.uri
+        libvirt, qemu, capabilities = self._library().host_facts(self._connected())
+        file = libvirt_daemon.config_file(self.uri)
+        return Facts(libvirt, qemu, security(capabilities), libvirt_daemon.settings(self.uri), file)
 
     def driver(self, domain: Domain, log: Path) -> Any:
         """Return the driver of a domain. It shares our connection; its watchdogs write to `log`."""

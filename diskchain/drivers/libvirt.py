@@ -22,12 +22,13 @@ import libvirt
 from diskchain.chain.model import Image
 from diskchain.drivers import domain_xml, libvirt_blocks, migration
 from diskchain.drivers.domain_xml import DomainDisk
+from diskchain.drivers.libvirt_access import DomainAccess
 from diskchain.drivers.libvirt_agent import DomainAgent, WatchedDomain
 from diskchain.drivers.libvirt_api import called, connect_now, is_alive, patient, translated
 from diskchain.drivers.libvirt_blocks import is_among
-from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, find_domain, list_domains, resolved
+from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, find_domain, host_facts, list_domains, resolved
+from diskchain.drivers.libvirt_listed import DomainSnapshots
 from diskchain.drivers.libvirt_monitor import Passthrough
-from diskchain.drivers.memory_saver import MemorySaver
 from diskchain.drivers.migration import Commander
 from diskchain.drivers.pause_guard import WatchdogGuard
 from diskchain.drivers.protocol import Chains, Definition, Driver, PauseGuard, SaveProgress, Serial, StateFile, VMState
@@ -40,6 +41,7 @@ __all__ = [
     "WatchedDomain",
     "connect_now",
     "find_domain",
+    "host_facts",
     "is_alive",
     "list_domains",
     "open_driver",
@@ -66,7 +68,7 @@ def open_driver(connection: Any, uuid: str, uri: str, log: Path) -> Driver:
         raise translated(error, f"look for {uuid}") from error
 
 
-class LibvirtDriver(DomainAgent, MemorySaver):
+class LibvirtDriver(DomainAgent, DomainSnapshots, DomainAccess):
     """One domain, by its uuid: a domain that was renamed is still the same."""
 
     kind = "libvirt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ def find_domain(connection: Any, text: str) -> Domain | None:
     return None
 
 
+def host_facts(connection: Any) -> tuple[int, int, str]:
+    """Return the versions of libvirt's daemon and its QEMU, and its capabilities XML. Raise Unreachable."""
+    try:
+        return int(connection.getLibVersion()), int(connection.getVersion()), str(connection.getCapabilities())
+    except libvirt.libvirtError as error:
+        raise translated(error, "ask what it can do") from error
+
+
 def _listed(connection: Any, domain: Any) -> Domain:
     active, persistent = bool(domain.isActive()), bool(domain.isPersistent())
     saved = bool(domain.hasManagedSaveImage(0))
@@ -53,7 +62,20 @@ def _listed(connection: Any, domain: Any) -> Domain:
         with contextlib.suppress(libvirt.libvirtError):
             xmls.append(domain.managedSaveGetXMLDesc(0))
     return Domain(str(domain.name()), str(domain.UUIDString()), persistent, active, saved,
-                  int(domain.snapshotNum(0)), tuple(map(str, xmls)), resolved(connection, str(xmls[0])))  # fmt: skip
+                  _snapshots(domain), tuple(map(str, xmls)), resolved(connection, str(xmls[0])))  # fmt: skip
+
+
+def _snapshots(domain: Any) -> tuple[tuple[str, int], ...]:
+    """The names and times of the snapshots that libvirt has metadata of, oldest first."""
+    if not domain.snapshotNum(0):
+        return ()
+    found = [(str(s.getName()), _created(str(s.getXMLDesc(0)))) for s in domain.listAllSnapshots(0)]
+    return tuple(sorted(found, key=lambda each: each[1]))
+
+
+def _created(xml: str) -> int:
+    found = re.search(r"<creationTime>(\d+)<", xml)
+    return int(found[1]) if found else 0
 
 
 def resolved(connection: Any, xml: str) -> tuple[DomainDisk, ...]:

@@ -30,6 +30,11 @@ class MemorySaver:
         await migration.set_background(monitor, True)
         await migration.set_background(monitor, False)
 
+    async def memory_blockers(self) -> list[str]:
+        """query-migrate: devices that can't be saved, and what else blocks a migration."""
+        answer = await (await self._commander()).execute("query-migrate")
+        return [str(reason) for reason in answer.get("blocked-reasons", [])]
+
     async def prepare_memory_save(self, memory: int, *, background: bool) -> None:
         """Capability and descriptor."""
         monitor = await self._commander()

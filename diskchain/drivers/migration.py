@@ -9,6 +9,7 @@ hangs the guest, so it is never cancelled, and the file is preallocated.
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any, Protocol
 
 from diskchain.drivers.protocol import SaveProgress
@@ -35,7 +36,7 @@ async def set_background(monitor: Commander, on: bool) -> None:
     except DriverFailed as error:
         raise MemoryNotSaved(
             f"memory can't be saved while the VM runs: {error.message}",
-            hint="use --disk-only, or --memory=paused; without root: sysctl vm.unprivileged_userfaultfd=1",
+            hint="" if os.geteuid() == 0 else "sysctl vm.unprivileged_userfaultfd=1",
         ) from error
 
 

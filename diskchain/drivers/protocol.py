@@ -69,6 +69,22 @@ class SaveProgress:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A snapshot as the VM's manager is to list it. `layers`: for each disk what was frozen, and the file of what is on top."""
+
+    id: str
+    name: str
+    description: str
+    created: int  # seconds of the epoch
+    parent: str | None  # its name
+    definition: Definition
+    layers: Mapping[str, tuple[Image, Path]]
+    memory: Path | None
+    was: str  # running | paused | stopped
+    current: bool
+
+
 class PauseGuard(Protocol):
     """A process of ours that lets the VM go on, and thaws its file systems, when we can't. See `Driver.pause_guard`."""
 
@@ -262,8 +278,26 @@ class Driver(Protocol):
     async def check_memory_save(self) -> None:
         """Raise MemoryNotSaved when the memory of this VM can't be saved in any way."""
 
+    async def listed_snapshots(self) -> dict[str, str]:
+        """Return the snapshots of ours that the VM's manager lists too: our ids by the names there."""
+
+    async def list_snapshots(self, wanted: Sequence[Listed]) -> None:
+        """Let the manager list exactly these of ours, parents first. Names only: no file is touched."""
+
+    async def check_files(self, paths: Sequence[Path], *, written: bool) -> None:
+        """Raise Refused naming what the hypervisor could not reach or open. `written`: it writes to them, else it reads.
+
+        Images that are there, tried as the user that the hypervisor runs as.
+        """
+
+    async def remarks(self) -> list[str]:
+        """Return in words what of this host's VM manager an admin should know of before a snapshot."""
+
+    async def memory_blockers(self) -> list[str]:
+        """Return in words what keeps the memory of a VM that is on from being saved at all."""
+
     async def check_background_save(self) -> None:
-        """Raise MemoryNotSaved when memory can't be saved while the VM runs; the message says why."""
+        """Raise MemoryNotSaved when memory can't be saved while the VM runs; the message says why, the hint what to set."""
 
     def pause_guard(self, *, limit: float | None) -> AbstractAsyncContextManager[PauseGuard]:
         """Return a guard, ready when entered: once armed it resumes the VM when we die, or after `limit` seconds."""

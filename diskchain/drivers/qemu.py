@@ -7,7 +7,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from diskchain.drivers.memory_saver import MemorySaver
 from diskchain.drivers.migration import Commander
 from diskchain.drivers.monitor import Monitor
 from diskchain.drivers.pause_guard import WatchdogGuard
-from diskchain.drivers.protocol import Chains, Definition, PauseGuard, Serial, StateFile, VMState
+from diskchain.drivers.protocol import Chains, Definition, Listed, PauseGuard, Serial, StateFile, VMState
 from diskchain.drivers.qemu_agent import QemuAgent
 from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
 from diskchain.drivers.qemu_parts import Parts, missing
@@ -146,6 +146,20 @@ class QemuDriver(QemuAgent, MemorySaver):
 
     async def unsuitable(self) -> list[Unsuitable]:
         """None: `define` takes image files only."""
+        return []
+
+    async def listed_snapshots(self) -> dict[str, str]:
+        """There is no other list than the catalog."""
+        return {}
+
+    async def list_snapshots(self, wanted: Sequence[Listed]) -> None:
+        """There is no other list than the catalog."""
+
+    async def check_files(self, paths: Sequence[Path], *, written: bool) -> None:
+        """QEMU is of our own user."""
+
+    async def remarks(self) -> list[str]:
+        """Nobody else manages it."""
         return []
 
     async def refuse(self, operation: str) -> None:

@@ -28,7 +28,7 @@ from diskchain.errors import (
     UnsupportedDisk,
 )
 from diskchain.host import files, locks, qemu_img
-from diskchain.ops import check_states, drift, leftovers
+from diskchain.ops import check_domain, check_states, drift, leftovers
 from diskchain.ops.approve import checked_header, fingerprint
 from diskchain.ops.looked import Look, look
 from diskchain.ops.vm import Host, definition_at
@@ -53,6 +53,8 @@ async def check(host: Host, name: str, *, deep: bool = False) -> list[Finding]:
                            f"diskchain stop {seen.name} --force, then start"))  # fmt: skip
     if seen.state is VMState.RUNNING and seen.home is not None:
         found += await _frozen_guest(host, seen, seen.home)
+    if seen.catalog is not None and seen.domain and not seen.busy and not seen.in_flight:
+        found += await check_domain.find(host, seen, seen.domain, seen.catalog)
     if seen.catalog is not None:
         home = seen.home or NO_RECORDS
         found += await asyncio.to_thread(_files, host, seen, seen.catalog, home, deep)
@@ -125,6 +127,12 @@ def _layer(seen: Look, catalog: Catalog, image: Image) -> Iterator[Finding]:
     except DiskchainError as problem:
         yield _unusable(where, image, problem)
         return
+    if header is not None and header.snapshots:
+        yield info("internal-snapshots", where, f"it holds {header.snapshots} of its own; they stay, and keep it from being "
+                   "merged", f"qemu-img snapshot -l '{image.path}'; let them go with -d, the VM off")  # fmt: skip
+    if header is not None and header.has_bitmaps:
+        yield info("dirty-bitmaps", where, "it holds dirty bitmaps of a backup; they keep it from being merged",
+                   f"qemu-img bitmap --remove '{image.path}' NAME, when no backup needs it")  # fmt: skip
     moving = bool({image.id, image.path.name} & seen.in_flight)
     if status.st_nlink > 1:
         yield warning("hard-links", where, f"it has {status.st_nlink} names; who uses the others is not known",

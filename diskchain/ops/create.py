@@ -37,8 +37,9 @@ from diskchain.errors import (
 from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.host.process import uninterrupted
-from diskchain.ops import create_pause, flat_pause, layers, save_memory, state_files
+from diskchain.ops import create_pause, flat_pause, layers, register, save_memory, state_files
 from diskchain.ops.create_rest import align, note_frozen, resolve_prepared, undo, wait_for_stray_save
+from diskchain.ops.places import LIBVIRT
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.quiesce import Freeze, noted, refuse_without_agent
 from diskchain.ops.vm import VM, definition_at, new_id, now_utc, record_configuration
@@ -58,6 +59,7 @@ class Request:
     max_pause: float = 0.5
     skip: tuple[str, ...] = ()  # targets that the snapshot does not cover; it has no memory then
     quiesce: bool = False
+    register: bool = False  # libvirt is to list it too
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     vm.refresh()
     await _refuse_unsuitable(vm, request.skip)
     name = _free_name(vm.catalog, request.name)
+    if request.register:
+        register.refuse_bad(vm, name)
     covered = _covered(vm.catalog, request.skip, [disk.target for disk in await vm.driver.unsuitable()])
     for image_id in covered.values():
         await asyncio.to_thread(layers.verify_chain, vm.catalog, image_id)
@@ -93,6 +97,7 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         layers.refuse_foreign_writers(vm.catalog)
     else:
         await vm.verify_running()
+    await vm.driver.check_files([vm.catalog.images[i].path for i in covered.values()], written=False)
     quiesce = request.quiesce and not state.is_off
     if quiesce:
         await refuse_without_agent(vm, state)
@@ -107,9 +112,11 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         consistency="off" if state.is_off else "crash",
         memory=Memory("none" if save == "never" else "saving"), partial=request.skip,
         frozen=quiesce or vm.catalog.asleep, unquiesced="interrupted" if quiesce else "",
+        registered=request.register or (vm.config.libvirt.register and vm.driver.kind == LIBVIRT),
     )  # fmt: skip
     copied = [state_files.label(one.name) for one in vm.driver.state_files(definition)]
     plan = _plan(vm, snapshot, overlays, state, save, quiesce, copied)
+    plan = replace(plan, warnings=(*plan.warnings, *await vm.driver.remarks()))
     return Prepared(snapshot, overlays, state, save, plan, quiesce)
 
 
@@ -126,6 +133,8 @@ async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapsh
         runs = prepared.state is VMState.RUNNING
         progress.warn(f"{vm.name} stands still until its memory is saved" if runs
                       else f"{vm.name} will run for about a millisecond when its memory is saved, then pause again")  # fmt: skip
+    if prepared.snapshot.registered:
+        progress.warn(f"{prepared.snapshot.name!r}: {register.WARNING}")
     await flat_pause.before(vm, prepared.save)
     vm.save(vm.catalog)  # with the disks that it has now
     entry = journal.begin(vm.home, "create", prepared.snapshot.id, now_utc(), _journal_data(vm, prepared))
@@ -197,9 +206,12 @@ async def _decide_memory(vm: VM, wanted: str, state: VMState) -> str:
     if state.is_off:
         raise MemoryNotSaved(f"{vm.name} is off; it has no memory to save", hint="leave --memory away")
     await vm.driver.check_memory_save()
+    blockers = await vm.driver.memory_blockers()
+    if blockers:
+        raise MemoryNotSaved(f"the memory of {vm.name} can't be saved: {'; '.join(blockers)}", hint="use --disk-only")
     if wanted == "paused" or state is VMState.PAUSED:
         return "paused"  # a paused VM is saved as it stands: it would be resumed by a background save
-    await vm.driver.check_background_save()
+    await _check_background(vm)
     if wanted == "auto":
         need = save_memory.space_for(vm.driver.memory_bytes()) + save_memory.RESERVE
         free = files.free_bytes(vm.home.path)
@@ -207,6 +219,21 @@ async def _decide_memory(vm: VM, wanted: str, state: VMState) -> str:
             raise NoSpace(f"saving the memory of {vm.name} needs up to {size(need)}, {size(free)} are free",
                           hint="free space, or use --disk-only")  # fmt: skip
     return "background"
+
+
+async def _check_background(vm: VM) -> None:
+    """Raise MemoryNotSaved with every way that is left."""
+    try:
+        await vm.driver.check_background_save()
+    except MemoryNotSaved as error:
+        seconds = _expected_pause(vm.driver.memory_bytes())
+        ways = f"use --disk-only, or --memory=paused (it stands still for up to {seconds:.1f} s)"
+        raise MemoryNotSaved(error.message, hint=f"{ways}; or {error.hint}" if error.hint else ways) from error
+
+
+def _expected_pause(ram: int) -> float:
+    """Given RAM in bytes, return how long (seconds) a VM stands still whose memory is saved paused, at a slow disk's pace."""
+    return max(0.1, round(ram / 1e9, 1))
 
 
 def _check_space(vm: VM, overlays: Mapping[str, Image], save: str) -> None:
@@ -238,9 +265,9 @@ def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMSt
     if save != "never":
         steps.append(f"save up to {size(ram)} of memory" + (" while the VM runs" if save == "background" else ""))
     need = METADATA * len(overlays) + (save_memory.space_for(ram) if save != "never" else 0)
-    downtime = ram / 1e9 if save == "paused" and state is VMState.RUNNING else 0.0
+    downtime = _expected_pause(ram) if save == "paused" and state is VMState.RUNNING else 0.0
     return Plan(f"{vm.name}: create snapshot {snapshot.name!r}", tuple(steps), space_needed=need,
-                downtime_estimate_s=round(downtime, 1), point_of_no_return="when the disks are switched")  # fmt: skip
+                downtime_estimate_s=downtime, point_of_no_return="when the disks are switched")  # fmt: skip
 
 
 def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
@@ -264,6 +291,7 @@ async def _make_files(vm: VM, prepared: Prepared) -> tuple[int | None, state_fil
     """
     definition = await record_configuration(vm, prepared.snapshot.id)
     await layers.make_overlays(vm.catalog, prepared.overlays)
+    await vm.driver.check_files([image.path for image in prepared.overlays.values()], written=True)
     capture = state_files.Capture(vm, prepared.snapshot.id, definition)
     if prepared.save == "never":
         return None, capture

@@ -4,10 +4,10 @@ filesystems of the images can do on unnamed files there, of which nothing is eve
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
-import shutil
 import stat
 import sys
 import tempfile
@@ -18,10 +18,11 @@ from diskchain.chain.rules import Finding, error, full_volume, info, qemu_traps,
 from diskchain.chain.text import size
 from diskchain.config import Config
 from diskchain.drivers import accel, firmware
+from diskchain.drivers.suitable import suitable
 from diskchain.errors import DiskchainError, NotFound
 from diskchain.host import hugepages, locks, probe
 from diskchain.host.process import find_program, run, scope
-from diskchain.ops import orphans
+from diskchain.ops import doctor_libvirt, orphans
 from diskchain.ops.vm import Host
 from diskchain.store import catalog as catalog_store
 from diskchain.store.catalog import Home
@@ -42,6 +43,7 @@ async def doctor(host: Host) -> list[Finding]:
     found += [f async for f in _image_locks()]
     found += list(_directories(host.config))
     found += [f async for f in _systemd()]
+    found += list(doctor_libvirt.find(host))
     found += list(_volumes(host))
     found += list(orphans.find(host))
     return [*found, *_security()]
@@ -92,8 +94,6 @@ def _tools() -> Iterator[Finding]:
             else:
                 yield info("tool-missing", name, f"{problem.message}; only tests and repairs by hand use it", hint)
     yield from _machine_parts()
-    virsh = shutil.which("virsh")
-    yield info("libvirt", "libvirt", f"present ({virsh}); diskchain does not use it yet" if virsh else "not installed")
 
 
 def _machine_parts() -> Iterator[Finding]:
@@ -242,6 +242,9 @@ def _image_directories(host: Host) -> list[Path]:
             found |= {i.path.parent for i in catalog_store.load(Home(registered.home)).images.values()}
         except DiskchainError:
             continue
+    with contextlib.suppress(DiskchainError):  # a libvirt that can't be asked was named before
+        for domain in host.domains.all():
+            found |= {d.path.parent for d in suitable(domain.disks)[0].values() if d.path}
     return sorted(found)
 
 

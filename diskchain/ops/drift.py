@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,10 +43,12 @@ def of_domain(domain: Domain, catalog: Catalog, *, known: bool) -> Iterator[Find
     if domain.managed_save:
         yield warning("managed-save", name, "its memory is in a managed save, which fits its disks only as they are now",
                       f"virsh start {name}, or drop it: virsh managedsave-remove {name}")  # fmt: skip
-    if domain.snapshots:
-        yield warning("libvirt-snapshots", name, f"libvirt itself has {domain.snapshots} of it; virsh snapshot-delete and "
-                      "snapshot-revert change the chain", f"virsh snapshot-list {name} --tree; leave them, or let them go "
-                      "with virsh snapshot-delete --metadata")  # fmt: skip
+    theirs = [each for each in domain.snapshots if each[0] not in {s.name for s in catalog.visible() if s.registered}]
+    if theirs:
+        days = int((time.time() - theirs[0][1]) / 86400)
+        yield warning("libvirt-snapshots", name, f"libvirt itself has {len(theirs)} of it, the oldest ({theirs[0][0]}) of {days} "
+                      "days ago; virsh snapshot-delete and snapshot-revert change the chain", f"virsh snapshot-list {name} "
+                      "--tree; leave them, or let them go with virsh snapshot-delete --metadata")  # fmt: skip
     for disk in suitable(domain.disks)[1]:
         yield info("not-covered", f"{name} {disk.target}", f"it is {disk.why}: no snapshot covers it", disk.instead)
     if not domain.persistent:

@@ -12,7 +12,8 @@ from diskchain.chain.text import size
 from diskchain.errors import DiskchainError
 from diskchain.host import files
 from diskchain.ops import sharers
-from diskchain.ops.vm import Host
+from diskchain.ops.approve import approve_chain
+from diskchain.ops.vm import Host, Neighbour
 from diskchain.store import catalog as catalog_store
 from diskchain.store.catalog import Home, homes_near
 
@@ -44,20 +45,38 @@ def _identities(paths: Iterator[Path]) -> dict[_Identity, Path]:
 
 def _others(host: Host, catalog: Catalog) -> dict[_Identity, tuple[str, bool]]:
     """The images of all other VMs: whose, and whether that one writes to it. Forgotten ones beside the disks count."""
-    homes = {other.home: other.label for other in host.neighbours() if other.home is not None}
+    neighbours = [other for other in host.neighbours() if other.uuid != catalog.uuid]
+    homes = {other.home: other.label for other in neighbours if other.home is not None}
     for image in catalog.images.values():
         homes.update({near.path: f"(undefined) {near.path.name}" for near in homes_near(image.path)
                       if near.path not in homes})  # fmt: skip
     found: dict[_Identity, tuple[str, bool]] = {}
+    for other in neighbours:
+        if other.home is None:
+            found.update(_of_stranger(other))
     for path, name in homes.items():
         try:
-            other = catalog_store.load(Home(path))
+            records = catalog_store.load(Home(path))
         except DiskchainError:
             continue
-        if other.uuid != catalog.uuid:
-            active = {other.images[i].path for i in other.active.values() if i in other.images}
-            for identity, place in _identities(i.path for i in other.images.values()).items():
+        if records.uuid != catalog.uuid:
+            active = {records.images[i].path for i in records.active.values() if i in records.images}
+            for identity, place in _identities(i.path for i in records.images.values()).items():
                 found[identity] = (name, place in active)
+    return found
+
+
+def _of_stranger(other: Neighbour) -> dict[_Identity, tuple[str, bool]]:
+    """The layers of a VM that we have no records of, as its definition and its files say."""
+    found: dict[_Identity, tuple[str, bool]] = {}
+    for disk in other.disks:
+        try:
+            chain = approve_chain(disk, "qcow2")
+        except DiskchainError:
+            chain = []  # raw, or nothing that may be looked into
+        below = _identities(layer.path for layer in chain[1:])
+        found.update({identity: (other.label, False) for identity in below if identity not in found})
+        found.update(dict.fromkeys(_identities(iter([disk])), (other.label, True)))
     return found
 
 

@@ -14,12 +14,15 @@ from diskchain.chain.model import Catalog, Image, Snapshot
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.config import load_config
+from diskchain.drivers import domain_xml
 from diskchain.drivers.domains import choose_uri
 from diskchain.drivers.machines import Registered
-from diskchain.errors import DiskchainError
+from diskchain.errors import DiskchainError, DriverFailed
 from diskchain.host import files, locks
+from diskchain.ops import roles
 from diskchain.ops.allocation import allocated, raw_extents
 from diskchain.ops.machine import parse
+from diskchain.ops.places import LIBVIRT
 from diskchain.ops.vm import VM, Host
 from diskchain.store import catalog as catalog_store
 from diskchain.store import journal
@@ -267,7 +270,12 @@ class Shown:
 def show(vm: VM, name: str) -> Shown:
     """Return all about a snapshot. Raise NotFound."""
     snapshot = vm.catalog.find(name)
-    layers = [_layer(image, target) for target, top in snapshot.disks.items() for image in vm.catalog.chain(top)]
+    known = roles.of(vm.catalog, vm.registered)
+    layers = [
+        {**_layer(image, target), "role": known.get(target, "data")}
+        for target, top in snapshot.disks.items()
+        for image in vm.catalog.chain(top)
+    ]
     memory = str(vm.home.memory(snapshot.id)) if snapshot.memory.saved else None
     return Shown(view(vm.catalog, vm.home, snapshot, time.time()), layers, _configuration(vm, snapshot), memory)
 
@@ -281,8 +289,9 @@ def _configuration(vm: VM, snapshot: Snapshot) -> dict[str, Any]:
     """Return the machine that the snapshot recorded; empty when it can't be read."""
     try:
         record = json.loads((vm.home.snapshot_dir(snapshot.id) / "machine.json").read_bytes())
-        machine = json.loads(record["text"])["machine"]
-    except (OSError, ValueError, KeyError, TypeError):
+        text = json.loads(record["text"])
+        machine = domain_xml.summary(text["persistent"]) if record["driver"] == LIBVIRT else text["machine"]
+    except (OSError, ValueError, KeyError, TypeError, DriverFailed):
         return {}
     return machine if isinstance(machine, dict) else {}
 
@@ -300,7 +309,7 @@ def show_json(vm: VM, shown: Shown) -> dict[str, Any]:
 async def machines(host: Host) -> list[dict[str, Any]]:
     """Return what `machine list` shows, one machine after the other; a damaged one with what is known of it."""
     found = []
-    for name in host.names():
+    for name in host.machines.names():
         try:
             found.append(await _machine(host, host.machines.get(name)))
         except DiskchainError:

@@ -84,7 +84,8 @@ def _gone(catalog: Catalog, target: str, chain: list[ApprovedImage]) -> str:
 def _remarks(domain: Domain, catalog: Catalog) -> list[str]:
     found = []
     if domain.snapshots:
-        found.append(f"libvirt has {domain.snapshots} snapshot{'s'[: domain.snapshots - 1]} of its own of {domain.name}; "
+        count = len(domain.snapshots)
+        found.append(f"libvirt has {count} snapshot{'s'[: count - 1]} of its own of {domain.name}; "
                      "virsh snapshot-delete and snapshot-revert would change the chain behind us")  # fmt: skip
     for image in catalog.images.values():
         header = approve_chain(image.path, image.fmt)[0].header if image.path.exists() else None
@@ -141,6 +142,7 @@ def forget(vm: VM) -> Path:
     gone = vm.home.path.with_name(f".forgotten-{new_id()}")
     files.rename_durably(vm.home.path, gone)
     shutil.rmtree(gone)
+    vm.catalog = replace(vm.catalog, snapshots={})  # nothing of it is to be listed by libvirt
     if not any(gone.parent.iterdir()):
         gone.parent.rmdir()
     return left

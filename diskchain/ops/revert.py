@@ -69,6 +69,7 @@ async def revert(vm: VM, request: Request, progress: Progress = QUIET) -> Revert
         entry = journal.begin(vm.home, "revert", new_id(), now_utc(), _journal_data(vm, prepared))
         try:
             await layers.make_overlays(vm.catalog, prepared.overlays)
+            await vm.driver.check_files([image.path for image in prepared.overlays.values()], written=True)
             state_files.stage(vm, entry.id, prepared.definition, entry.data["states"], prepared.copies)
             await _stop(vm, entry, prepared.keep, progress)
         except (DiskchainError, OSError, asyncio.CancelledError):

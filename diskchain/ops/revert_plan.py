@@ -23,6 +23,7 @@ from diskchain.errors import (
 from diskchain.host import files
 from diskchain.ops import layers, save_memory, state_files
 from diskchain.ops.create import METADATA
+from diskchain.ops.places import LIBVIRT
 from diskchain.ops.vm import VM, definition_at, new_id, now_utc
 
 
@@ -100,7 +101,8 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         {} if request.only else state_files.read_copies(vm, snapshot, definition, all_of=request.config == "restore")
     )
     warnings = vm.driver.memory_loads_with(definition) if with_memory else []
-    keep = None if request.discard else _keep(vm.catalog, request, state)
+    listed = vm.config.libvirt.register and vm.driver.kind == LIBVIRT
+    keep = None if request.discard else _keep(vm.catalog, request, state, listed=listed)
     if keep:
         if keep.memory.status == "saving":
             await vm.driver.check_memory_save()
@@ -159,7 +161,7 @@ def read_definition(vm: VM, snapshot: Snapshot) -> Definition:
     return definition_at(vm.home, snapshot)
 
 
-def _keep(catalog: Catalog, request: Request, state: VMState) -> Snapshot:
+def _keep(catalog: Catalog, request: Request, state: VMState, *, listed: bool) -> Snapshot:
     names = {s.name for s in catalog.snapshots.values() if not s.deleted}
     number = catalog.keeps + 1
     while not request.keep_as and f"before-revert-{number}" in names:
@@ -171,6 +173,7 @@ def _keep(catalog: Catalog, request: Request, state: VMState) -> Snapshot:
     return Snapshot(
         id=new_id(), name=name, created=now_utc(), parent=catalog.current, disks=dict(catalog.active),
         description=f"the present before going back to {request.name}", automatic=not request.keep_as,
+        registered=listed,
         consistency="off" if state.is_off else "crash", was=state.value, by=getpass.getuser(), memory=memory,
         frozen=catalog.asleep,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from diskchain.errors import DiskchainError, Refused
 from diskchain.host import files, libvirt_hook
 from diskchain.host.process import run
 
+HOOKS = Path("/etc/libvirt/hooks")
 MARK = b"# diskchain libvirt hook:"
 
 

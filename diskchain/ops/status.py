@@ -23,6 +23,7 @@ from diskchain.chain.rules import (
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError
 from diskchain.host import files
+from diskchain.ops import drift, roles
 from diskchain.ops.look import age
 from diskchain.ops.looked import Look, look
 from diskchain.ops.save_memory import space_for
@@ -46,11 +47,12 @@ class Status:
     volume_size: int | None = None
     findings: list[Finding] = field(default_factory=list)
     driver: str = "qemu"
+    roles: dict[str, str] = field(default_factory=dict)  # by target: os | data
 
     def to_json(self) -> dict[str, Any]:
         """Return the keys that scripts rely on."""
         oldest = None if self.oldest_seconds is None else int(self.oldest_seconds)
-        return {"name": self.name, "driver": self.driver, "state": self.state, "snapshots": self.snapshots,
+        return {"name": self.name, "driver": self.driver, "roles": self.roles, "state": self.state, "snapshots": self.snapshots,
                 "oldest_seconds": oldest, "depth": self.depth, "used": self.used, "pending": self.pending,
                 "free": self.free, "volume": str(self.volume) if self.volume else None, "volume_size": self.volume_size,
                 "findings": [f.to_json() for f in self.findings]}  # fmt: skip
@@ -66,7 +68,7 @@ async def status(host: Host, name: str) -> Status:
     kind = seen.place.kind if seen.place else "qemu"
     if seen.catalog is None:
         return Status(seen.name, _word(seen), findings=found, driver=kind)
-    return replace(_of_catalog(seen, seen.catalog, found), driver=kind)
+    return replace(_of_catalog(seen, seen.catalog, found), driver=kind, roles=roles.of(seen.catalog, seen.registered))
 
 
 def _word(seen: Look) -> str:
@@ -83,6 +85,8 @@ def _of_catalog(seen: Look, catalog: Catalog, found: list[Finding]) -> Status:
     depth = max((len(chain) for chain in catalog.active_chains().values()), default=0)
     volumes = _volumes(catalog, home)
     found += _missing(catalog)
+    if seen.domain and not seen.in_flight:
+        found += drift.of_domain(seen.domain, catalog, known=seen.home is not None)
     found += old_snapshots(seen.name, ages)
     found += deep_chains(seen.name, depth)
     if seen.state is VMState.CRITICAL:

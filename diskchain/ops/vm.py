@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from diskchain.chain.model import Catalog, Snapshot, vm_name
+from diskchain.chain.model import Catalog, vm_name
 from diskchain.cluster.detect import refuse_managed
 from diskchain.config import Config
 from diskchain.drivers.domains import Domains
-from diskchain.drivers.machines import Machines
+from diskchain.drivers.machines import Machines, Registered
 from diskchain.drivers.protocol import Definition, Driver
 from diskchain.errors import ChainDamaged, DiskchainError, NotFound, Unfinished
 from diskchain.host import files
 from diskchain.host.locks import vm_lock
 from diskchain.ops.adopt import catalog_of, refreshed
+from diskchain.ops.definitions import definition_at as definition_at
 from diskchain.ops.ids import new_id as new_id
 from diskchain.ops.ids import now_utc as now_utc
+from diskchain.ops.listed import uses, wanted
 from diskchain.ops.places import LIBVIRT, Place, Places, find_home, new_home
 from diskchain.store import catalog as catalog_store
 from diskchain.store import journal
 from diskchain.store.catalog import Home
+
+log = logging.getLogger(__name__)
 
 
 class VM:
@@ -32,8 +37,10 @@ class VM:
     A domain that we have no records of yet comes with the catalog that it would be adopted with (`known` is False).
     """
 
-    def __init__(self, driver: Driver, home: Home, host: Host, catalog: Catalog | None = None) -> None:
+    def __init__(self, driver: Driver, home: Home, host: Host, catalog: Catalog | None = None,
+                 registered: Registered | None = None) -> None:  # fmt: skip
         self.driver = driver
+        self.registered = registered  # the definition of a machine of ours
         self.home = home
         self.host = host
         self.known = catalog is None
@@ -171,9 +178,11 @@ class Host:
         """Look the VM up once more, under the lock: what it was before may have changed while we waited."""
         with self._lock(name, home, operation, wait):
             vm = self._open(name, socket="qmp")
-            before = journal.contents(vm.home)
+            before, listed = journal.contents(vm.home), uses(vm.catalog)
             try:
                 yield vm
+                if listed or uses(vm.catalog):
+                    await _follow(vm)
             except (DiskchainError, OSError) as error:
                 raise _honest(vm, error, before) from error
             finally:
@@ -222,7 +231,7 @@ class Host:
         catalog = catalog_of(place.domain, self.config.image_roots) if place.home is None and place.domain else None
         driver = self.places.driver(place, socket=socket)
         try:
-            vm = VM(driver, home, self, catalog)
+            vm = VM(driver, home, self, catalog, place.registered)
         except NotFound as error:
             raise ChainDamaged(f"the catalog of {name} is missing: {home.catalog}",
                                hint="bring it back from a backup; RECOVER.txt beside it lists the chain") from error  # fmt: skip
@@ -236,6 +245,14 @@ def _refuse_gone(name: str, home: Home) -> None:
     if not home.path.is_dir():
         raise ChainDamaged(f"the records of {name} are gone: {home.path} does not exist",
                            hint="bring the directory back from a backup; the images themselves are plain qcow2")  # fmt: skip
+
+
+async def _follow(vm: VM) -> None:
+    """What the command was for is done; a list that can't be written is told of, and `check` finds it."""
+    try:
+        await vm.driver.list_snapshots(wanted(vm.catalog, vm.home))
+    except DiskchainError as error:
+        log.warning("virsh snapshot-list of %s could not be brought into line: %s", vm.name, error.message)
 
 
 def _honest(vm: VM, error: DiskchainError | OSError, before: Mapping[str, bytes]) -> DiskchainError:
@@ -276,16 +293,6 @@ async def record_configuration(vm: VM, snapshot_id: str) -> Definition:
     files.write_durably(directory / "machine.json", json.dumps(asdict(definition)).encode())
     files.fsync_dir(directory.parent)
     return definition
-
-
-def definition_at(home: Home, snapshot: Snapshot) -> Definition:
-    """Return the configuration that a snapshot in these records has. Raise ChainDamaged when it is gone."""
-    path = home.snapshot_dir(snapshot.id) / "machine.json"
-    try:
-        return Definition(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ChainDamaged(f"the configuration of snapshot {snapshot.name!r} can't be read: {path}",
-                           hint="bring it back from a backup; its disks are listed in RECOVER.txt") from error  # fmt: skip
 
 
 def remove_snapshot_dir(vm: VM, snapshot_id: str) -> None:

@@ -1,7 +1,8 @@
 """A private libvirtd: its own configuration, state, sockets and logs, in a mount namespace of its own.
 
 No system daemon is touched or needed; virsh and diskchain reach it by `uri`. The probe cache is kept (8 s cold, 0.2 s
-warm). QEMU runs as root (background saves need the right to userfaultfd on QEMU 7.2).
+warm). QEMU runs as root (background saves need the right to userfaultfd on QEMU 7.2); as `libvirt-qemu`, Debian's own way,
+it needs the group of /dev/kvm, or libvirt probes QEMU anew at every call (4 to 9 s).
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ CACHE = "/var/cache/libvirt"
 class Libvirtd:
     """One daemon. `start` and `stop` may be called again and again; its VMs outlive it, as real ones do."""
 
-    def __init__(self, *, user: str = "root") -> None:
+    def __init__(self, *, user: str = "root", settings: tuple[str, ...] = ()) -> None:
         self.dir = Path(tempfile.mkdtemp(prefix="dclv-", dir="/tmp"))  # sockets have short names
         self.cache = ROOT / ".cache" / "libvirt"
         self.cache.mkdir(parents=True, exist_ok=True)
         for name in (*PARTS, "sock"):
             (self.dir / name).mkdir()
         self.dir.chmod(0o755)
-        lines = [f'user="{user}"', f'group="{user}"', 'stdio_handler="file"', "clear_emulator_capabilities=0"]
+        group = user if user == "root" else "kvm"
+        lines = [
+            *settings,
+            f'user="{user}"',
+            f'group="{group}"',
+            'stdio_handler="file"',
+            "clear_emulator_capabilities=0",
+        ]
         (self.dir / "etc" / "qemu.conf").write_text("\n".join(lines) + "\n")
         (self.dir / "etc" / "libvirtd.conf").write_text(
             f'unix_sock_dir="{self.dir}/sock"\nauth_unix_ro="none"\nauth_unix_rw="none"\n'

@@ -28,7 +28,13 @@ ONLY = {
     "click": ("cli",),
     "rich": ("cli",),
     "qemu": ("drivers", "host/storage_daemon.py"),
-    "libvirt": ("drivers/libvirt.py", "drivers/libvirt_api.py", "drivers/libvirt_agent.py", "drivers/libvirt_list.py"),
+    "libvirt": (
+        "drivers/libvirt.py",
+        "drivers/libvirt_api.py",
+        "drivers/libvirt_agent.py",
+        "drivers/libvirt_list.py",
+        "drivers/libvirt_listed.py",
+    ),
     "libvirt_qemu": ("drivers/libvirt_monitor.py", "drivers/libvirt_agent.py"),
     "subprocess": ("host/process.py",),
 }

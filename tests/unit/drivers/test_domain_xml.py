@@ -118,7 +118,7 @@ def test_what_is_no_domain_is_an_error(text: str) -> None:
 def test_images_of_a_domain_are_those_of_all_its_definitions() -> None:
     """A managed save or the persistent definition may name another layer than the live one."""
     saved = XML.replace("/vm/a.s1.qcow2", "/vm/a.qcow2")
-    domain = Domain("web1", "u", True, True, True, 0, (XML, saved), domain_xml.disks(XML))
+    domain = Domain("web1", "u", True, True, True, (), (XML, saved), domain_xml.disks(XML))
     assert {Path("/vm/a.s1.qcow2"), Path("/vm/a.qcow2"), Path("/vm/b.img")} <= set(domain.images)
 
 
