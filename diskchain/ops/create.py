@@ -214,7 +214,7 @@ async def _decide_memory(vm: VM, wanted: str, state: VMState) -> str:
     await _check_background(vm)
     if wanted == "auto":
         need = save_memory.space_for(vm.driver.memory_bytes()) + save_memory.RESERVE
-        free = files.free_bytes(vm.home.path)
+        free = files.free_bytes(vm.home.disks_dir)  # a domain has no records before the first
         if free < need:
             raise NoSpace(f"saving the memory of {vm.name} needs up to {size(need)}, {size(free)} are free",
                           hint="free space, or use --disk-only")  # fmt: skip
@@ -241,7 +241,7 @@ def _check_space(vm: VM, overlays: Mapping[str, Image], save: str) -> None:
     for directory in directories:
         count = sum(image.path.parent == directory for image in overlays.values())
         need = METADATA * count
-        if save != "never" and directory.stat().st_dev == vm.home.path.stat().st_dev:
+        if save != "never" and directory.stat().st_dev == vm.home.disks_dir.stat().st_dev:
             need += save_memory.space_for(vm.driver.memory_bytes())
         if files.free_bytes(directory) < need:
             raise NoSpace(f"{size(need)} are needed on {directory}, {size(files.free_bytes(directory))} are free",

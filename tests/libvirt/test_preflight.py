@@ -160,5 +160,7 @@ def test_a_device_whose_state_can_not_be_saved_is_named_before_anything_changes(
     for words in ([], ["--memory=paused"]):
         error = refused(rig, "create", "vm", "s0", *words, code=6, says="nvme")
         assert "--disk-only" in error["hint"] and picture(rig.dir) == before
+    rig.ok("create", "vm", "s0", "--disk-only", "-n")
+    assert picture(rig.dir) == before  # a plan of a domain that has no records yet
     rig.ok("create", "vm", "s0", "--disk-only")
     assert rig.agreement() == []
