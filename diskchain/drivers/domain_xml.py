@@ -233,9 +233,13 @@ def nvram(text: str) -> Path | None:
     return Path(place) if place else None
 
 
-def has_tpm(text: str) -> bool:
-    """Whether the domain has an emulated TPM."""
-    return any(backend.get("type") == "emulator" for backend in parse(text).iter("backend"))
+def tpm(text: str) -> str | None:
+    """Return the version of the domain's emulated TPM ("2.0"; "?" for one whose state lies elsewhere), None without one."""
+    for backend in parse(text).iter("backend"):
+        if backend.get("type") == "emulator":
+            elsewhere = backend.find("source") is not None
+            return "?" if elsewhere else backend.get("version", "?")
+    return None
 
 
 def passthrough(text: str) -> list[str]:

@@ -29,9 +29,10 @@ from diskchain.drivers.libvirt_blocks import is_among
 from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, find_domain, host_facts, list_domains, resolved
 from diskchain.drivers.libvirt_listed import DomainSnapshots
 from diskchain.drivers.libvirt_monitor import Passthrough
+from diskchain.drivers.libvirt_state import DomainState
 from diskchain.drivers.migration import Commander
 from diskchain.drivers.pause_guard import WatchdogGuard
-from diskchain.drivers.protocol import Chains, Definition, Driver, PauseGuard, SaveProgress, Serial, StateFile, VMState
+from diskchain.drivers.protocol import Chains, Definition, Driver, PauseGuard, SaveProgress, Serial, VMState
 from diskchain.drivers.suitable import Unsuitable, suitable
 from diskchain.errors import DiskchainError, DriverFailed, MemoryNotSaved, NotFound, Refused, Unreachable
 from diskchain.host.process import ProcessId, find_process
@@ -68,7 +69,7 @@ def open_driver(connection: Any, uuid: str, uri: str, log: Path) -> Driver:
         raise translated(error, f"look for {uuid}") from error
 
 
-class LibvirtDriver(DomainAgent, DomainSnapshots, DomainAccess):
+class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
     """One domain, by its uuid: a domain that was renamed is still the same."""
 
     kind = "libvirt"
@@ -147,9 +148,8 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainAccess):
             raise Refused(f"{self.name} is transient: libvirt forgets it when it ends, and could not start it again",
                           hint=f"define it: virsh dumpxml {self.name} --migratable > {self.name}.xml; "
                           f"virsh define {self.name}.xml")  # fmt: skip
-        if operation == "create" and domain_xml.has_tpm(await self._xml(SECURE)):
-            raise Refused(f"{self.name} has a TPM, whose state diskchain can't put into a snapshot of a domain yet",
-                          hint="take the TPM out, or use virsh snapshot-create-as with the VM off")  # fmt: skip
+        if operation == "create":
+            self.refuse_tpm(await self._xml(SECURE))
         if (await self.state()).is_off:
             return
         if (await called("ask for jobs", self._domain.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE:
@@ -203,19 +203,7 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainAccess):
         places = [(word, root.findtext(f"./os/{word}")) for word in ("kernel", "initrd", "loader")]
         return [f"{word} {place} does not exist" for word, place in places if place and not Path(place).is_file()]
 
-    # -- besides disks and memory ------------------------------------------------------------------------------------
-
-    def state_files(self, definition: Definition) -> list[StateFile]:
-        """The UEFI variables. A TPM's state is libvirt's own and only root's; it travels in saved memory."""
-        nvram = domain_xml.nvram(_persistent(definition))
-        return [StateFile("nvram", nvram, saved_late=True)] if nvram and nvram.exists() else []
-
-    async def make_state_file(self, state: StateFile) -> None:
-        """libvirt makes it from its template at the first start."""
-
-    def unusable(self, definition: Definition, name: str, sizes: Mapping[str, int]) -> str | None:
-        """libvirt and QEMU say it at the start; an empty file is none."""
-        return None if all(sizes.values()) else "it is empty"
+    # -- besides disks and memory: libvirt_state.py -------------------------------------------------------------------
 
     def check_helpers(self) -> None:
         """libvirt watches its helpers itself."""

@@ -48,7 +48,8 @@ class StateFile:
     """What a VM keeps besides its disks and memory: its UEFI variables, the state of its TPM.
 
     `pattern`: which files of a directory count. `settles`: at once when the VM is paused, so that a copy made then is of
-    that instant. `saved_late`: memory that is saved in background holds it as of a later moment.
+    that instant. `saved_late`: memory that is saved in background holds it as of a later moment. `made_by_manager`: the VM's
+    manager makes it at the first start; a VM that never was started has none, and needs none.
     """
 
     name: str
@@ -57,6 +58,7 @@ class StateFile:
     pattern: str = "*"
     settles: bool = True
     saved_late: bool = False
+    made_by_manager: bool = False
 
 
 @dataclass(frozen=True)

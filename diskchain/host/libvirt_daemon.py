@@ -30,6 +30,23 @@ def config_file(uri: str) -> Path | None:
     return None
 
 
+def root(uri: str) -> Path:
+    """Return the root directory that a local URI's daemon sees: `/`, unless it has mounts of its own."""
+    named = parse_qs(urlsplit(uri).query).get("socket")
+    for place in [Path(named[0])] if named else SOCKETS:
+        pid = _peer(place)
+        if pid is not None:
+            return Path("/") if _same_mounts(pid) else Path(f"/proc/{pid}/root")
+    return Path("/")
+
+
+def _same_mounts(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/ns/mnt").readlink() == Path("/proc/self/ns/mnt").readlink()
+    except OSError:
+        return True  # not ours to look: then it is root's, and root has those of the host
+
+
 def _peer(place: Path) -> int | None:
     """Who listens there: the daemon, or systemd in its place (pid 1), which sees the same files."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:

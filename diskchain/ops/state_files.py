@@ -40,6 +40,8 @@ async def provide(driver: Driver, catalog: Catalog) -> Catalog:
     """
     definition = driver.definition()
     for state in driver.state_files(definition):
+        if not _is_due(state) and state.name not in catalog.state_files:
+            continue
         if os.path.lexists(state.path):
             refuse_unusable(driver, definition, state)
         elif state.name in catalog.state_files:
@@ -52,6 +54,16 @@ async def provide(driver: Driver, catalog: Catalog) -> Catalog:
         if state.name not in catalog.state_files:
             catalog = replace(catalog, state_files=(*catalog.state_files, state.name))
     return catalog
+
+
+def _is_due(state: StateFile) -> bool:
+    """Whether the VM must have it: not what its manager has still to make at the first start."""
+    return not state.made_by_manager or os.path.lexists(state.path)
+
+
+def present(vm: VM, definition: Definition) -> list[StateFile]:
+    """Return what a VM with this configuration keeps, without what its manager has still to make."""
+    return [s for s in vm.driver.state_files(definition) if _is_due(s) or s.name in vm.catalog.state_files]
 
 
 def refuse_unusable(driver: Driver, definition: Definition, state: StateFile) -> None:
@@ -106,7 +118,7 @@ def _read(path: Path) -> bytes:
 
 def check_can_capture(vm: VM, definition: Definition, state: VMState, save: str) -> None:
     """Raise what stands in the way of a copy: Refused (a helper died; not safe without memory), StateMissing."""
-    states = vm.driver.state_files(definition)
+    states = present(vm, definition)
     if states and not state.is_off:
         vm.driver.check_helpers()
     if save == "never" and not state.is_off and (names := [label(s.name) for s in states if not s.settles]):
@@ -120,7 +132,7 @@ async def check_can_keep(vm: VM, *, with_memory: bool) -> None:
     """Raise what keeps a revert from keeping the present's states: StateMissing; Refused when a helper has died."""
     if with_memory:
         vm.driver.check_helpers()
-    for one in vm.driver.state_files(await vm.driver.live_definition()):
+    for one in present(vm, await vm.driver.live_definition()):
         try:
             read_state(one)
         except StateMissing as error:
@@ -136,7 +148,7 @@ class Capture:
     """The copy of one moment. Made before it, `copy()` in it, `finish()` after it."""
 
     def __init__(self, vm: VM, snapshot_id: str, definition: Definition) -> None:
-        self._states = vm.driver.state_files(definition)
+        self._states = present(vm, definition)
         self._fd: int | None = None
         if self._states:
             path = part_of(vm.home, snapshot_id)
@@ -171,13 +183,13 @@ def finish_capture(vm: VM, snapshot_id: str, definition: Definition) -> dict[str
 
     A copy that a power cut has eaten is made again: then the VM is off, and the present is as it was at that moment.
     """
-    states = vm.driver.state_files(definition)
+    states = present(vm, definition)
     if not states:
         return {}
     part, directory = part_of(vm.home, snapshot_id), vm.home.snapshot_dir(snapshot_id)
     found = _packed(part) if part.exists() else _unpacked(states, directory)
     contents = found or {s.name: read_state(s) for s in states}
-    for state in states:
+    for state in (s for s in states if s.name in contents):
         if state.directory:
             with files.os_errors(directory, "create"):
                 (directory / state.name).mkdir(mode=0o700, exist_ok=True)
@@ -228,8 +240,8 @@ def read_copies(vm: VM, snapshot: Snapshot, definition: Definition, *, all_of: b
     """
     found = {}
     for state in vm.driver.state_files(definition):
-        if not all_of and state.name not in snapshot.captured:
-            continue  # the machine had no such part then: it keeps what it has
+        if (not all_of or state.made_by_manager) and state.name not in snapshot.captured:
+            continue  # the machine had no such part, or had not begun it, then: it keeps what it has
         found[state.name] = _verified(vm.home, snapshot, state)
         sizes = {Path(name).name: len(data) for name, data in found[state.name].items()}
         problem = vm.driver.unusable(definition, state.name, sizes)
@@ -326,6 +338,7 @@ def put_back(vm: VM, entry_id: str, definition: Definition, there: Mapping[str, 
         if not os.path.lexists(staged):
             continue  # done by an earlier try
         if os.path.lexists(one.path):
+            _own_alike(one.path, staged)
             files.rename_durably(one.path, before)
             point("revert.state-away")
         files.rename_durably(staged, one.path)
@@ -333,6 +346,19 @@ def put_back(vm: VM, entry_id: str, definition: Definition, there: Mapping[str, 
     names = [name for name in there if name not in vm.catalog.state_files]
     if names:
         vm.save(replace(vm.catalog, state_files=(*vm.catalog.state_files, *names)))
+
+
+def _own_alike(like: Path, staged: Path) -> None:
+    """What comes in belongs to whom the present one does: a TPM's is of the user that swtpm runs as. Can be repeated."""
+    files.copy_owner(like, staged)
+    if not staged.is_dir():
+        return
+    for inner in staged.iterdir():
+        known = like / inner.name
+        if known.is_file() and not known.is_symlink():
+            files.copy_owner(known, inner)
+        else:
+            os.chown(inner, like.stat().st_uid, like.stat().st_gid)
 
 
 def take_back(vm: VM, entry_id: str, definition: Definition, there: Mapping[str, bool]) -> None:

@@ -54,7 +54,7 @@ XML = """<domain type='kvm' id='3'>
 def test_facts_are_read_out() -> None:
     """What a snapshot must know."""
     assert domain_xml.name(XML) == "web1" and domain_xml.memory_bytes(XML) == 2 << 30
-    assert domain_xml.nvram(XML) == Path("/var/lib/libvirt/qemu/nvram/web1_VARS.fd") and domain_xml.has_tpm(XML)
+    assert domain_xml.nvram(XML) == Path("/var/lib/libvirt/qemu/nvram/web1_VARS.fd") and domain_xml.tpm(XML) == "2.0"
     assert domain_xml.passthrough(XML) == ["hostdev pci"] and domain_xml.machine_type(XML) == "pc-q35-7.2"
 
 
