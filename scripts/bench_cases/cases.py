@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from diskchain.ops.approve import approve_chain
-from scripts.bench_cases.bench import SETTLE, Bench, Both, MiB, in_turns, say, timed
+from scripts.bench_cases import domains
+from scripts.bench_cases.bench import SETTLE, Bench, Both, MiB, in_turns, say, silence, timed
 from scripts.bench_cases.figures import Goal, Row
-from tests.support.console import Console
 from tests.support.own_machine import Guest, OwnMachine
 from tests.support.ram import guest_ram
 
@@ -116,7 +116,7 @@ def _gap_rows(bench: Bench, mib: int, dirty: int, count: int) -> Iterator[Row]:
     modes = f"tick,dirty{dirty}"
     with bench.both(Guest(mib * MiB, modes=modes), "^D round 2") as both:
         memory = both.bare.dir / "memory"
-        quiet = [_gap(both.own.console, lambda: time.sleep(2)) for _ in range(count)]
+        quiet = [silence(both.own.console, lambda: time.sleep(2)) for _ in range(count)]
         ours, savevm = in_turns(count, lambda: _own_gap(both), lambda: _bare_gap(both, lambda: both.bare.savevm("s")))
         again, stopped = in_turns(
             count, lambda: _own_gap(both), lambda: _bare_gap(both, lambda: both.bare.stop_migrate_cont(memory))
@@ -131,7 +131,7 @@ def _own_gap(both: Both) -> float:
     """The other guest is held meanwhile: there are hardly more processors than one guest keeps busy."""
     both.bare.hold()
     try:
-        return _gap(both.own.console, lambda: own_pause(both))
+        return silence(both.own.console, lambda: own_pause(both))
     finally:
         both.bare.release()
 
@@ -139,19 +139,9 @@ def _own_gap(both: Both) -> float:
 def _bare_gap(both: Both, work: Callable[[], object]) -> float:
     both.own.hold()
     try:
-        return _gap(both.bare.console, work)
+        return silence(both.bare.console, work)
     finally:
         both.own.release()
-
-
-def _gap(console: Path, work: Callable[[], object]) -> float:
-    with Console(console) as follower:
-        follower.wait("^T ", after=follower.mark())
-        time.sleep(0.5)
-        began = time.monotonic()
-        work()
-        time.sleep(0.3)
-        return follower.longest_gap(began, follower.lines()[-1][0]) * 1000
 
 
 def size(bench: Bench) -> Iterator[Row]:
@@ -251,10 +241,19 @@ def _timed_and_gap(console: Path, work: Callable[[], object], gaps: list[float])
         nonlocal took
         took = timed(work)
 
-    gaps.append(_gap(console, measured))
+    gaps.append(silence(console, measured))
     return took
+
+
+def libvirt(bench: Bench) -> Iterator[Row]:
+    """`create` with memory on a libvirt domain against virsh snapshot-create-as --memspec and save + restore; as root."""
+    if not domains.available():
+        say("libvirt: left out; it needs root, libvirtd, virsh and unshare")
+        return
+    yield from domains.domains(bench)
 
 
 CASES: dict[str, Case] = {
     "pause": pause, "disks": disks, "tenth": tenth, "gap": gap, "size": size, "chain": chain, "start": start, "revert": revert,
+    "libvirt": libvirt,
 }  # fmt: skip
