@@ -16,7 +16,7 @@ TPM = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
 
 
 def with_tpm(domain: Make) -> DomainRig:
-    """A domain with one; it was never started."""
+    """A domain with one; it was never started. (Booted uncompressed, the guest does not find a TPM of libvirt's.)"""
     rig = domain(guest=False, size=8 * MiB, targets=("vda",), modes="tpm")
     path = rig.dir / "vm.xml"
     path.write_text(rig.xml(guest=True).replace("</devices>", f"{TPM}</devices>").replace("vmlinux", "vmlinuz"))
