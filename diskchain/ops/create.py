@@ -114,7 +114,7 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         frozen=quiesce or vm.catalog.asleep, unquiesced="interrupted" if quiesce else "",
         registered=request.register or (vm.config.libvirt.register and vm.driver.kind == LIBVIRT),
     )  # fmt: skip
-    copied = [state_files.label(one.name) for one in vm.driver.state_files(definition)]
+    copied = [state_files.label(one.name) for one in state_files.present(vm, definition)]
     plan = _plan(vm, snapshot, overlays, state, save, quiesce, copied)
     plan = replace(plan, warnings=(*plan.warnings, *await vm.driver.remarks()))
     return Prepared(snapshot, overlays, state, save, plan, quiesce)
