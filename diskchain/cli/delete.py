@@ -142,7 +142,7 @@ async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
     async with host.look(name) as vm:
         is_on = not (await vm.driver.state()).is_off
         ids, later = asked.pick(vm.catalog), asked.when_stopped or (is_on and not asked.restart and not asked.copy)
-        deletions = methods.choose_all(plan_all(vm.catalog, ids, data=not later, copy=asked.copy))
+        deletions = methods.choose_all(vm.catalog, plan_all(vm.catalog, ids, data=not later, copy=asked.copy))
         plan = _with_power(vm, _plan(vm, asked, deletions), deletions, is_on, asked.restart)
         if asked.dry_run:
             context.show_plan(app, plan)
@@ -193,7 +193,7 @@ async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[
         raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")
     merged: list[Merged] = []
     for planned in plan_all(vm.catalog, ids, data=data, copy=asked.copy):
-        (deletion,) = methods.choose_all([planned])
+        (deletion,) = methods.choose_all(vm.catalog, [planned])
         await delete_plan.check(vm, [deletion])
         merged += await ops.delete(vm, deletion, context.progress(app))
     return merged

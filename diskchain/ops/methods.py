@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from diskchain.chain.allocation import Allocation, held_bytes, mean_run, union
 from diskchain.chain.deletion import Deletion, Fold, Pull
-from diskchain.chain.model import Image, KiB, MiB
+from diskchain.chain.model import Catalog, Image, KiB, MiB
 from diskchain.host import probe
-from diskchain.ops import merge
+from diskchain.ops import delete_plan, merge
 from diskchain.ops.allocation import allocated
 from diskchain.ops.approve import approve_chain
 
@@ -18,12 +18,18 @@ UP_BELOW = 0.6  # a pull flushes every write, and is worth it only where it move
 UP_SAVES = 64 * MiB  # ... and much less
 
 
-def choose_all(deletions: Sequence[Deletion]) -> list[Deletion]:
-    """Return the deletions with the way that is best for each merge. Raise HostileImage, ChainDamaged, NotFound."""
-    return [_choose(d) for d in deletions]
+def choose_all(catalog: Catalog, deletions: Sequence[Deletion]) -> list[Deletion]:
+    """Return the deletions with the way that is best for each merge; their layers are verified before they are read.
+
+    Raise HostileImage, ChainDamaged.
+    """
+    for deletion in deletions:
+        delete_plan.verify(catalog, deletion)
+    return [choose(d) for d in deletions]
 
 
-def _choose(deletion: Deletion) -> Deletion:
+def choose(deletion: Deletion) -> Deletion:
+    """Return a deletion of verified layers with the way that is best for each merge."""
     if any(s.merge_begun for s in deletion.snapshots):
         return deletion  # after what did not end well only the careful way, which is `commit`
     folds, pulls = [], list(deletion.pulls)

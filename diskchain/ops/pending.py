@@ -15,7 +15,7 @@ from diskchain.ops.vm import VM
 
 def plan(vm: VM) -> Deletion:
     """Return what can be carried out now of what was deleted before."""
-    return methods.choose_all([plan_deletion(vm.catalog, [])])[0]
+    return methods.choose_all(vm.catalog, [plan_deletion(vm.catalog, [])])[0]
 
 
 async def merge_pending(vm: VM, progress: Progress) -> list[Merged]:

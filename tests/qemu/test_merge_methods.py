@@ -221,16 +221,16 @@ def test_the_method_is_chosen_by_size_of_pieces_filesystem_and_direction(place: 
     small = build(place, "plain", 1, writes=1, longest=2)
     for number in range(12):
         write(small.upper, f"write -P 5 {number}M 20k")
-    (chosen,) = methods.choose_all([deletion(small)])
+    chosen = methods.choose(deletion(small))
     assert [f.method for f in chosen.folds] == ["convert"]
-    (begun,) = methods.choose_all([deletion(small, merge_begun=True)])
+    begun = methods.choose(deletion(small, merge_begun=True))
     assert [f.method for f in begun.folds] == ["commit"]
     large = build(place, "plain", 1, size=256 * MiB, writes=1, longest=2)
     write(large.upper, "write -P 3 0 160M")
-    (chosen,) = methods.choose_all([deletion(large)])
+    chosen = methods.choose(deletion(large))
     assert not chosen.folds and [p.method for p in chosen.pulls] == ["stream"], "the lower layer holds nearly nothing"
     write(large.lower, "write -P 4 96M 160M")
-    (chosen,) = methods.choose_all([deletion(large)])
+    chosen = methods.choose(deletion(large))
     assert [f.method for f in chosen.folds] == ["clone" if shares else "convert"]
 
 
