@@ -27,12 +27,18 @@ def plain() -> Iterator[Libvirtd]:
     found.destroy()
 
 
+def let_others_in(directory: Path) -> None:
+    """Let everybody search a directory and what it is in: pytest's are private."""
+    for place in (directory, *directory.parents):
+        if not place.stat().st_mode & 0o001:
+            place.chmod(place.stat().st_mode | 0o011)
+
+
 @pytest.fixture
 def confined(plain: Libvirtd, tmp_path: Path) -> Iterator[Make]:
     """Domains whose QEMU runs as libvirt-qemu, in a directory that it can reach."""
     made: list[DomainRig] = []
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o755)
+    let_others_in(tmp_path)
 
     def make(**options: Any) -> DomainRig:
         rig = DomainRig(tmp_path / f"d{len(made)}", daemon=plain, size=SMALL, **options)
@@ -116,8 +122,7 @@ def test_a_directory_that_qemu_may_not_search_is_named_before_the_pause(confined
 def test_without_dynamic_ownership_an_image_of_somebody_else_is_refused(tmp_path: Path) -> None:
     """libvirt leaves owners alone then: the overlay is as its base, and QEMU must be able to open that. A lock manager
     is told of."""
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o755)
+    let_others_in(tmp_path)
     daemon = Libvirtd(user="libvirt-qemu", settings=("dynamic_ownership=0",))
     daemon.start()
     rig = DomainRig(tmp_path / "d", daemon=daemon, size=SMALL)
