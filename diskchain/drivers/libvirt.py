@@ -92,6 +92,7 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
+    @patient
     async def _xml(self, flags: int) -> str:
         return str(await called("read the definition", self._domain.XMLDesc, flags))
 
