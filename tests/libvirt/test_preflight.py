@@ -65,19 +65,16 @@ def test_qemu_without_the_right_to_userfaultfd_is_refused_with_every_way_out(con
     rig = confined(memory="128 MiB")
     rig.virsh("start", "vm", "--paused")
     rig.virsh("resume", "vm")
+    findings = {f["code"]: f for f in rig.run("doctor", "--json").json["findings"]}
+    assert "runs as libvirt-qemu" in findings["libvirt-user"]["evidence"]
+    if qemu_version() < (10, 0):  # from then on it depends on /dev/userfaultfd, which only a running QEMU shows
+        assert "libvirt-qemu" in findings["libvirt-userfaultfd-unusable"]["evidence"]
     before = picture(rig.dir)
     for words in (["create", "vm", "s0"], ["create", "vm", "s0", "-n"], ["create", "vm", "s0", "--memory"]):
         error = refused(rig, *words, code=6, says="libvirt-qemu")
         assert "--disk-only" in error["hint"] and "--memory=paused (it stands still for up to 0.1 s)" in error["hint"]
         assert "sysctl vm.unprivileged_userfaultfd=1" in error["hint"]
         assert picture(rig.dir) == before and rig.virsh("domstate", "vm") == "running"
-    findings = {f["code"]: f for f in rig.run("doctor", "--json").json["findings"]}
-    if qemu_version() < (
-        10,
-        0,
-    ):  # with libvirt 10.1 and QEMU 10 it depends on /dev/userfaultfd, which only a start shows
-        assert "libvirt-qemu" in findings["libvirt-userfaultfd-unusable"]["evidence"]
-    assert "runs as libvirt-qemu" in findings["libvirt-user"]["evidence"]
 
 
 def test_a_domain_of_libvirt_qemu_lives_through_create_revert_delete_and_start(confined: Make) -> None:

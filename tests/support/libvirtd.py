@@ -40,6 +40,12 @@ class Libvirtd:
             'stdio_handler="file"',
             "clear_emulator_capabilities=0",
         ]
+        if (
+            "DISKCHAIN_DEBIAN13" in os.environ
+        ):  # in the chroot libvirt gives QEMU a /dev without /dev/null: then it takes no
+            lines.append(
+                "namespaces=[]"
+            )  # locks on its images ("Failed to open /dev/null for OFD lock probing" in its log)
         (self.dir / "etc" / "qemu.conf").write_text("\n".join(lines) + "\n")
         (self.dir / "etc" / "libvirtd.conf").write_text(
             f'unix_sock_dir="{self.dir}/sock"\nauth_unix_ro="none"\nauth_unix_rw="none"\n'
