@@ -61,7 +61,7 @@ def test_error_at_every_step_ends_documented_and_recover_puts_it_right(
     points = rig.points(*args)
     ends: dict[int, int] = {}
     wrong = []
-    tried = some(points, 6)
+    tried = some(points, 5)
     for point in tried:
         rig.restore_template(template)
         answer = rig.run("--json", *args, fault=f"{action}:{point}")

@@ -50,7 +50,7 @@ def test_create_quiesced_killed_at_every_step_the_guest_writes_on(
     points = quiet.rig.points(*CREATE, "first", "--quiesce", "--disk-only")
     begin, end = points.index("create.prepared.after#1"), points.index("create.switched.after#1")
     chosen, wrong = points[begin : end + 1], []
-    tried = some(chosen, 7)
+    tried = some(chosen, 5)
     for index, point in enumerate(tried):
         mark = quiet.console.mark()
         if not quiet.rig.killed(*CREATE, f"k{index}", "--quiesce", "--disk-only", at=point):

@@ -81,7 +81,7 @@ def test_kill_at_every_step_then_recover_leaves_disk_nvram_and_tpm_of_one_state(
     rig.restore_template(machine.template)
     points = [p for p in rig.points(*args) if name != "revert-discard" or "state" in p or "loaded" in p]
     assert machine.verdict(presents[-1:]) == []
-    tried = some(points, 6)
+    tried = some(points, 4)
     for point in tried:
         rig.restore_template(machine.template)
         if not rig.killed(*args, at=point):
@@ -105,7 +105,7 @@ def test_kill_of_an_undo_then_recover_undoes(machine: Machine) -> None:
     again = rig.save_template("again")
     points = rig.points("recover", "vm", "--undo", "-y")
     assert machine.verdict(["now"]) == []
-    for point in some(points, 4):
+    for point in some(points, 3):
         rig.restore_template(again)
         assert rig.killed("recover", "vm", "--undo", "-y", at=point)
         rig.ok("recover", "vm")
