@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.qemu.test_rescue import qemu_version
 from tests.support.domain import DomainRig
+from tests.support.guest import qemu_version
 from tests.support.libvirtd import Libvirtd
 from tests.support.refusals import picture, refused
 from tests.support.rig import MiB

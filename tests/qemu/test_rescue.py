@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import pytest
 
 from tests.support.bare_qmp import Qmp
 from tests.support.console import Console
+from tests.support.guest import qemu_version
 from tests.support.refusals import SmallDisk
 from tests.support.rig import MiB, Rig, process_state, wait_for
 
@@ -87,14 +87,6 @@ def test_ten_failed_saves_in_a_row_leave_a_running_guest(small: tuple[Rig, Small
     states = {s["name"]: s["state"] for s in rig.ok("list", "vm", "--json").json["snapshots"]}
     assert states == {**{f"f{i}": "disk" for i in range(10)}, "good": "memory"}
     assert rig.file_verdict() == []
-
-
-def qemu_version() -> tuple[int, int]:
-    """The QEMU that is installed here."""
-    said = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"version (\d+)\.(\d+)", said)
-    assert found, said
-    return int(found[1]), int(found[2])
 
 
 def write_protected(pid: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -33,3 +35,11 @@ def guest_files(*, agent: bool = False, uefi: bool = False) -> tuple[Path, Path]
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: run scripts/make-guest first")
     return files
+
+
+def qemu_version() -> tuple[int, int]:
+    """The QEMU that is installed here."""
+    said = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version (\d+)\.(\d+)", said)
+    assert found, said
+    return int(found[1]), int(found[2])
