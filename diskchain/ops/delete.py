@@ -180,10 +180,10 @@ async def _move_all(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
     deletion = of_entry(vm.catalog, entry)
     merged: list[Merged] = []
     with _guarded(deletion) as guard:
-        if not (await vm.driver.state()).is_off:
-            raise VMRunning(f"{vm.name} was started a moment ago", hint=f"stop it; then: diskchain recover {vm.name}")
+        await _require_off(vm)
         if entry.state != "relink":
             merged = await _merge_all(vm, entry, deletion, guard, progress)
+            await _require_off(vm)  # a QEMU that takes no locks (facts.md) was not held off by the guard
             entry.advance("relink")
         else:
             await _merge_again(vm, deletion, guard, progress)
@@ -192,6 +192,11 @@ async def _move_all(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
         entry.advance("relinked")
         layers.to_trash(vm.home.disks_dir / path for path in _gone_paths(entry))
     return merged
+
+
+async def _require_off(vm: VM) -> None:
+    if not (await vm.driver.state()).is_off:
+        raise VMRunning(f"{vm.name} was started a moment ago", hint=f"stop it; then: diskchain recover {vm.name}")
 
 
 async def _merge_all(vm: VM, entry: Entry, deletion: Deletion, guard: ImageGuard,
