@@ -13,6 +13,8 @@ from tests.support.guest import boot_words, guest_files
 from tests.support.libvirtd import Libvirtd
 from tests.support.rig import Rig, process_state, wait_for
 
+_ON = ("running", "paused", "idle", "in shutdown")  # what is undefined then is a transient domain for a moment
+
 
 @dataclass
 class DomainRig(Rig):
@@ -152,6 +154,6 @@ class DomainRig(Rig):
         if pid:
             os.kill(pid, 9)
             wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
-            wait_for(lambda: self.virsh("domstate", self.name, ok=False) != "running", "libvirt knows it")
+            wait_for(lambda: self.virsh("domstate", self.name, ok=False) not in _ON, "libvirt knows it")
         self.virsh("undefine", self.name, "--snapshots-metadata", "--managed-save", "--keep-nvram", ok=False)
         subprocess.run(["rm", "-rf", str(self.run_dir), str(self.dir)], check=True)
