@@ -141,6 +141,10 @@ class Catalog:
         """Return the images whose backing file is the given one, oldest first."""
         return [image for image in self.images.values() if image.backing == image_id]
 
+    def is_fork(self, snapshot: Snapshot) -> bool:
+        """Whether several overlays stand on a layer that the snapshot froze: such a layer can't be merged into one."""
+        return any(len(self.overlays_on(image_id)) > 1 for image_id in snapshot.disks.values())
+
     def image_at(self, path: Path) -> Image | None:
         """Return the image of that path, or None."""
         return next((image for image in self.images.values() if image.path == path), None)

@@ -157,7 +157,7 @@ async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
             merged = await _restarting(app, host, vm, asked, ids)
         else:
             merged = await _delete_all(app, host, vm, asked, ids, data=not later)
-        _tell(app, vm, asked, ids, [s.name for d in deletions for s in (*d.snapshots, *d.waits, *d.later)], merged)
+        _tell(app, vm, ids, [s.name for d in deletions for s in (*d.snapshots, *d.waits, *d.later)], merged)
 
 
 def _plan(vm: VM, asked: Asked, deletions: Sequence[Deletion]) -> Plan:
@@ -199,7 +199,7 @@ async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[
     return merged
 
 
-def _tell(app: App, vm: VM, asked: Asked, ids: Sequence[str], names: list[str], merged: list[Merged]) -> None:
+def _tell(app: App, vm: VM, ids: Sequence[str], names: list[str], merged: list[Merged]) -> None:
     waiting = [s for s in vm.catalog.pending() if s.id in ids]
     later = [s.name for s in waiting if pending.can_undelete(vm, s)]
     layers = [s.name for s in waiting if s.name not in later]

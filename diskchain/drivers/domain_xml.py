@@ -175,15 +175,20 @@ def snapshot(text: str, overlays: Mapping[str, Image]) -> str:
     """Return the snapshot XML that switches these disks to overlays that exist already, and no other disk."""
     root = ET.Element("domainsnapshot")
     ET.SubElement(root, "memory", {"snapshot": "no"})
+    _list_disks(root, text, {target: image.path for target, image in overlays.items()})
+    return _text(root)
+
+
+def _list_disks(root: ET.Element, domain: str, overlays: Mapping[str, Path]) -> None:
+    """Add to a snapshot's XML every disk of the domain: these external, on those overlays, and no other."""
     listed = ET.SubElement(root, "disks")
-    for disk in disks(text):
+    for disk in disks(domain):
         if disk.target not in overlays:
             ET.SubElement(listed, "disk", {"name": disk.target, "snapshot": "no"})
             continue
         element = ET.SubElement(listed, "disk", {"name": disk.target, "snapshot": "external", "type": "file"})
         ET.SubElement(element, "driver", {"type": "qcow2"})
-        ET.SubElement(element, "source", {"file": str(overlays[disk.target].path)})
-    return _text(root)
+        ET.SubElement(element, "source", {"file": str(overlays[disk.target])})
 
 
 def listed(name: str, description: str, created: int, parent: str | None, state: str, memory: Path | None, domain: str,
@@ -199,14 +204,7 @@ def listed(name: str, description: str, created: int, parent: str | None, state:
         ET.SubElement(ET.SubElement(root, "parent"), "name").text = parent
     kept = {"snapshot": "external", "file": str(memory)} if memory else {"snapshot": "no"}
     ET.SubElement(root, "memory", kept)
-    disks_of = ET.SubElement(root, "disks")
-    for disk in disks(domain):
-        if disk.target not in layers:
-            ET.SubElement(disks_of, "disk", {"name": disk.target, "snapshot": "no"})
-            continue
-        element = ET.SubElement(disks_of, "disk", {"name": disk.target, "snapshot": "external", "type": "file"})
-        ET.SubElement(element, "driver", {"type": "qcow2"})
-        ET.SubElement(element, "source", {"file": str(layers[disk.target][1])})
+    _list_disks(root, domain, {target: on_top for target, (_, on_top) in layers.items()})
     root.append(parse(with_sources(domain, {t: (frozen.path, frozen.fmt) for t, (frozen, _) in layers.items()})))
     return _text(root)
 

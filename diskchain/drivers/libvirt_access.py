@@ -24,10 +24,12 @@ class DomainAccess(MemorySaver):
     name: str
     uri: str
     _connection: Any
-    _domain: Any
+
+    async def _xml(self, flags: int) -> str:
+        raise NotImplementedError
 
     async def _labels(self) -> dict[str, Label]:
-        return host_xml.labels(str(await called("read the definition", self._domain.XMLDesc, SECURE)))
+        return host_xml.labels(await self._xml(SECURE))
 
     async def qemu_user(self) -> Identity | None:
         """Who the domain's QEMU is, or will be at its next start; None when libvirt does not say."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,15 @@ class Identity:
     @property
     def name(self) -> str:
         """The user's name."""
-        try:
-            return pwd.getpwuid(self.uid).pw_name
-        except KeyError:
-            return str(self.uid)
+        return name_of(self.uid)
+
+
+def name_of(uid: int) -> str:
+    """Return a user's name; of one without a name its number."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def of_process(pid: int) -> Identity | None:
@@ -56,20 +61,19 @@ def of_user(uid: int, gid: int, *, powerless: bool) -> Identity:
 
 def uid_of(word: str) -> int | None:
     """Given a user as libvirt writes it (`+64055`, `64055`, `libvirt-qemu`), return its number."""
-    if word.removeprefix("+").isdigit():
-        return int(word.removeprefix("+"))
-    try:
-        return pwd.getpwnam(word).pw_uid
-    except KeyError:
-        return None
+    return _number(word, lambda name: pwd.getpwnam(name).pw_uid)
 
 
 def gid_of(word: str) -> int | None:
     """The same for a group."""
+    return _number(word, lambda name: grp.getgrnam(name).gr_gid)
+
+
+def _number(word: str, look_up: Callable[[str], int]) -> int | None:
     if word.removeprefix("+").isdigit():
         return int(word.removeprefix("+"))
     try:
-        return grp.getgrnam(word).gr_gid
+        return look_up(word)
     except KeyError:
         return None
 
@@ -105,5 +109,5 @@ def _become(who: Identity) -> list[str]:
 
 def way_to(paths: Iterable[Path]) -> list[Path]:
     """Return the directories that must be searched to reach these files, from the root down, each once."""
-    found = {parent: None for path in paths for parent in (*path.parents,)}
+    found = {parent: None for path in paths for parent in path.parents}
     return sorted(found, key=lambda directory: len(directory.parts))

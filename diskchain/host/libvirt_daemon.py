@@ -19,25 +19,23 @@ _LINE = re.compile(r"^\s*(\w+)\s*=\s*(.*?)\s*$")
 
 def config_file(uri: str) -> Path | None:
     """Given a local URI, return where its daemon's qemu.conf can be read (it may not exist); None when nobody answers."""
-    parts = urlsplit(uri)
-    if parts.path == "/session":
+    if urlsplit(uri).path == "/session":
         return Path.home() / ".config" / "libvirt" / "qemu.conf"
-    named = parse_qs(parts.query).get("socket")
-    for place in [Path(named[0])] if named else SOCKETS:
-        pid = _peer(place)
-        if pid is not None:
-            return Path(f"/proc/{pid}/root/etc/libvirt/qemu.conf")
-    return None
+    pid = _daemon(uri)
+    return None if pid is None else Path(f"/proc/{pid}/root/etc/libvirt/qemu.conf")
 
 
 def root(uri: str) -> Path:
     """Return the root directory that a local URI's daemon sees: `/`, unless it has mounts of its own."""
+    pid = _daemon(uri)
+    return Path("/") if pid is None or _same_mounts(pid) else Path(f"/proc/{pid}/root")
+
+
+def _daemon(uri: str) -> int | None:
+    """The process behind the first socket of the URI that somebody answers on."""
     named = parse_qs(urlsplit(uri).query).get("socket")
-    for place in [Path(named[0])] if named else SOCKETS:
-        pid = _peer(place)
-        if pid is not None:
-            return Path("/") if _same_mounts(pid) else Path(f"/proc/{pid}/root")
-    return Path("/")
+    places = [Path(named[0])] if named else SOCKETS
+    return next((pid for place in places if (pid := _peer(place)) is not None), None)
 
 
 def _same_mounts(pid: int) -> bool:

@@ -297,7 +297,7 @@ def _memory(path: Path, snapshot: Snapshot, subject: str, deep: bool) -> Iterato
 def _pending(seen: Look, catalog: Catalog) -> Iterator[Finding]:
     for snapshot in catalog.pending():
         tops = [o.path for image_id in snapshot.disks.values() for o in catalog.overlays_on(image_id)]
-        if any(len(catalog.overlays_on(image_id)) > 1 for image_id in snapshot.disks.values()):
+        if catalog.is_fork(snapshot):
             yield info("layer-waits", seen.name, f"{snapshot.name!r} is deleted; several layers stand on its layer",
                        "it is merged when one is left; or now: delete the other branches")  # fmt: skip
             continue

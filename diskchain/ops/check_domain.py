@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from diskchain.chain import qcow2
 from diskchain.chain.model import Catalog, Image
 from diskchain.chain.rules import Finding, error, info, warning
 from diskchain.cluster.detect import refuse_managed
@@ -46,7 +47,7 @@ def _raw_by_name_only(name: str, target: str, top: Image) -> Iterator[Finding]:
     except DiskchainError:
         return
     with open(fd, "rb") as image:
-        if image.read(4) == b"QFI\xfb":
+        if image.read(4) == qcow2.MAGIC:
             yield warning("format-differs", f"{name} {target}", f"the definition calls {top.path} raw, it begins like a qcow2 "
                           "image", "if it is one: virsh edit, <driver type='qcow2'/>, before the guest writes to it")  # fmt: skip
 

@@ -39,7 +39,6 @@ from diskchain.host.fault import point
 from diskchain.host.process import uninterrupted
 from diskchain.ops import create_pause, flat_pause, layers, register, save_memory, state_files
 from diskchain.ops.create_rest import align, note_frozen, resolve_prepared, undo, wait_for_stray_save
-from diskchain.ops.places import LIBVIRT
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.quiesce import Freeze, noted, refuse_without_agent
 from diskchain.ops.vm import VM, definition_at, new_id, now_utc, record_configuration
@@ -112,7 +111,7 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         consistency="off" if state.is_off else "crash",
         memory=Memory("none" if save == "never" else "saving"), partial=request.skip,
         frozen=quiesce or vm.catalog.asleep, unquiesced="interrupted" if quiesce else "",
-        registered=request.register or (vm.config.libvirt.register and vm.driver.kind == LIBVIRT),
+        registered=request.register or vm.lists_snapshots,
     )  # fmt: skip
     copied = [state_files.label(one.name) for one in state_files.present(vm, definition)]
     plan = _plan(vm, snapshot, overlays, state, save, quiesce, copied)

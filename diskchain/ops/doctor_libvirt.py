@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
 from diskchain.chain.rules import Finding, error, info, warning
 from diskchain.drivers.domains import Facts
 from diskchain.errors import DiskchainError
-from diskchain.host.as_user import uid_of
-from diskchain.ops.setup import HOOKS, MARK, hook_path
+from diskchain.host.as_user import name_of, uid_of
+from diskchain.ops.setup import HOOKS, hook_path, is_ours
 from diskchain.ops.vm import Host
 
 _SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
@@ -62,12 +61,7 @@ def _readable(path: Path) -> bool:
 def user_of(facts: Facts) -> str:
     """Return the name of the user that QEMU runs as; nothing when libvirt does not say."""
     uid = uid_of(facts.security.owner.partition(":")[0])
-    if uid is None:
-        return ""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+    return "" if uid is None else name_of(uid)
 
 
 def _sysctl() -> str:
@@ -92,7 +86,7 @@ def userfaultfd(facts: Facts, user: str, sysctl: str) -> Iterator[Finding]:
         yield warning("libvirt-userfaultfd-unusable", "libvirt's QEMU",
                       f"memory can't be saved while a guest runs: {user or 'its user'} may not track the guest's writes",
                       "sysctl vm.unprivileged_userfaultfd=1; or create --disk-only, --memory=paused")  # fmt: skip
-    if device and facts.settings.get("namespaces", "").replace(" ", "") in ("[]", "[ ]"):
+    if device and facts.settings.get("namespaces", "").replace(" ", "") == "[]":
         yield warning("libvirt-no-namespaces", "libvirt's QEMU", "namespaces = [] in qemu.conf: libvirt gives the host's own "
                       "/dev/userfaultfd to QEMU's user", "leave namespaces at its default")  # fmt: skip
 
@@ -120,7 +114,7 @@ def _lock_manager(facts: Facts) -> Iterator[Finding]:
 def _hook() -> Finding:
     path = hook_path(HOOKS)
     try:
-        ours = MARK in path.read_bytes()[:400]
+        ours = is_ours(path)
     except OSError:
         ours = False
     if ours:

@@ -13,6 +13,7 @@ from diskchain.drivers.domains import Domain
 from diskchain.drivers.machines import Registered
 from diskchain.drivers.suitable import suitable
 from diskchain.host import files, locks
+from diskchain.ops.listed import of_others
 
 
 def definition(registered: Registered, catalog: Catalog) -> Iterator[Finding]:
@@ -43,7 +44,7 @@ def of_domain(domain: Domain, catalog: Catalog, *, known: bool) -> Iterator[Find
     if domain.managed_save:
         yield warning("managed-save", name, "its memory is in a managed save, which fits its disks only as they are now",
                       f"virsh start {name}, or drop it: virsh managedsave-remove {name}")  # fmt: skip
-    theirs = [each for each in domain.snapshots if each[0] not in {s.name for s in catalog.visible() if s.registered}]
+    theirs = of_others(domain, catalog)
     if theirs:
         days = int((time.time() - theirs[0][1]) / 86400)
         yield warning("libvirt-snapshots", name, f"libvirt itself has {len(theirs)} of it, the oldest ({theirs[0][0]}) of {days} "

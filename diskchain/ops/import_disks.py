@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pwd
 import re
 import shlex
 import stat
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diskchain.chain import qcow2
 from diskchain.chain.machine import DiskSpec, Machine, parse_machine_file
 from diskchain.chain.model import MiB, vm_name
 from diskchain.chain.plan import Plan
@@ -26,6 +26,7 @@ from diskchain.chain.qcow2 import ApprovedImage
 from diskchain.chain.text import printable, size
 from diskchain.errors import BadMachineFile, Busy, DiskchainError, NotFound, Refused, UnsupportedDisk, UsageError
 from diskchain.host import files, locks
+from diskchain.host.as_user import name_of
 from diskchain.host.fault import point
 from diskchain.ops import sharers
 from diskchain.ops.machine import Chains, Defined, define, examine
@@ -145,7 +146,7 @@ def _format(wanted: Wanted) -> str:
     if not fmt:
         fd = files.open_untrusted(path)
         with open(fd, "rb") as opened:
-            looks = "qcow2" if opened.read(4) == b"QFI\xfb" else "raw"
+            looks = "qcow2" if opened.read(4) == qcow2.MAGIC else "raw"
         raise UsageError(f"the format of {path.name} is not clear from its name (it begins like {looks})",
                          hint=f"say which: --disk {shlex.quote(str(wanted.image))},format={looks}")  # fmt: skip
     return fmt
@@ -251,18 +252,11 @@ def _refuse_unusable(chain: Sequence[ApprovedImage]) -> None:
 def _refuse_rights(top: Path) -> None:
     status = top.stat()
     if not os.access(top, os.R_OK | os.W_OK, effective_ids=True):
-        raise Refused(f"{top} can't be written by us: mode {stat.S_IMODE(status.st_mode):o}, owner {_owner(status)}",
+        raise Refused(f"{top} can't be written by us: mode {stat.S_IMODE(status.st_mode):o}, owner {name_of(status.st_uid)}",
                       hint="run diskchain as its owner or as root, or change owner and mode; see also lsattr, findmnt")  # fmt: skip
     if not os.access(top.parent, os.W_OK | os.X_OK, effective_ids=True):
         raise Refused(f"overlays and records go beside {top.name}, and no file can be made in {top.parent} by us",
                       hint="run diskchain as the owner of the directory or as root")  # fmt: skip
-
-
-def _owner(status: os.stat_result) -> str:
-    try:
-        return pwd.getpwuid(status.st_uid).pw_name
-    except KeyError:
-        return str(status.st_uid)
 
 
 def _refuse_size(top: ApprovedImage) -> None:

@@ -176,7 +176,8 @@ def names_backing(image: Path, below: Image) -> bool:
 
 def names_as_we_do(image: Path, below: Image) -> bool:
     """Whether an overlay's header names this image, in the way that we write it."""
-    return names_backing(image, below) and _header(image).backing_name == qemu_img.backing_name_for(image, below.path)
+    header = _header(image)
+    return header.backing_name == qemu_img.backing_name_for(image, below.path) and header.backing_format == below.fmt
 
 
 def _header(path: Path) -> qcow2.Header:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from diskchain.chain.model import Catalog, Snapshot
+from diskchain.drivers.domains import Domain
 from diskchain.drivers.protocol import Listed
 from diskchain.ops.definitions import definition_at
 from diskchain.store.catalog import Home, restore_overlay
@@ -13,6 +14,12 @@ from diskchain.store.catalog import Home, restore_overlay
 def uses(catalog: Catalog) -> bool:
     """Whether any of the VM's snapshots stands in libvirt's list."""
     return any(s.registered for s in catalog.snapshots.values())
+
+
+def of_others(domain: Domain, catalog: Catalog) -> list[tuple[str, int]]:
+    """Return the snapshots in libvirt's list that are not ours: names and times, oldest first."""
+    ours = {s.name for s in catalog.visible() if s.registered}
+    return [each for each in domain.snapshots if each[0] not in ours]
 
 
 def wanted(catalog: Catalog, home: Home) -> list[Listed]:

@@ -179,7 +179,7 @@ def _frees(catalog: Catalog, snapshot: Snapshot, memory: int) -> int | None:
 
 
 def _pending_view(catalog: Catalog, snapshot: Snapshot, now: float) -> PendingView:
-    waits = any(len(catalog.overlays_on(i)) > 1 for i in snapshot.disks.values())
+    waits = catalog.is_fork(snapshot)
     size = sum(_allocated(catalog.images[i].path) or 0 for i in snapshot.disks.values())
     return PendingView(snapshot, size if waits else _to_merge(catalog, snapshot), age(snapshot.created, now), waits)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diskchain.chain import qcow2
 from diskchain.chain.machine import DiskSpec, Machine, NetSpec, parse_machine_file
 from diskchain.chain.model import Catalog, Image
 from diskchain.chain.qcow2 import ApprovedImage
@@ -139,7 +140,7 @@ def _with_format(file: Path, disk: DiskSpec) -> DiskSpec:
                              hint=f'add format = "qcow2" or format = "raw" to [[disk]] {disk.target}')  # fmt: skip
     fd = files.open_untrusted(_real(path))
     with open(fd, "rb") as opened:
-        is_qcow2 = opened.read(4) == b"QFI\xfb"
+        is_qcow2 = opened.read(4) == qcow2.MAGIC
     if fmt == "raw" and is_qcow2 and not disk.fmt:
         raise HostileImage(f"{path} is named raw but begins like qcow2", hint='add format = "..." if you are sure')
     return replace(disk, image=str(_real(path)), fmt=fmt)

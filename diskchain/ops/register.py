@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 from diskchain.chain.model import Catalog
 from diskchain.chain.rules import Finding, warning
-from diskchain.drivers.domains import Domain
 from diskchain.errors import DiskchainError, Refused
-from diskchain.ops.listed import wanted
+from diskchain.ops.listed import of_others, wanted
 from diskchain.ops.vm import VM
 from diskchain.store.catalog import Home
 
@@ -25,14 +24,9 @@ def refuse_bad(vm: VM, name: str) -> None:
     """Raise Refused where there is no list of libvirt's, or it can't have that name."""
     if vm.driver.kind == "qemu":
         raise Refused(f"{vm.name} is a machine of diskchain's; libvirt does not know it", hint="leave --register away")
-    if name.startswith(".") or any(s[0] == name for s in _of_others(vm.host.domains.get(vm.driver.uuid), vm.catalog)):
+    if name.startswith(".") or any(s[0] == name for s in of_others(vm.host.domains.get(vm.driver.uuid), vm.catalog)):
         raise Refused(f"libvirt can't list a snapshot {name!r}: it begins with a dot, or libvirt has one of that name",
                       hint="choose another name")  # fmt: skip
-
-
-def _of_others(domain: Domain, catalog: Catalog) -> list[tuple[str, int]]:
-    ours = {s.name for s in catalog.visible() if s.registered}
-    return [each for each in domain.snapshots if each[0] not in ours]
 
 
 def differences(name: str, catalog: Catalog, home: Home, actual: dict[str, str]) -> Iterator[Finding]:

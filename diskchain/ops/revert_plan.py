@@ -23,7 +23,6 @@ from diskchain.errors import (
 from diskchain.host import files
 from diskchain.ops import layers, save_memory, state_files
 from diskchain.ops.create import METADATA
-from diskchain.ops.places import LIBVIRT
 from diskchain.ops.vm import VM, definition_at, new_id, now_utc
 
 
@@ -101,8 +100,7 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         {} if request.only else state_files.read_copies(vm, snapshot, definition, all_of=request.config == "restore")
     )
     warnings = vm.driver.memory_loads_with(definition) if with_memory else []
-    listed = vm.config.libvirt.register and vm.driver.kind == LIBVIRT
-    keep = None if request.discard else _keep(vm.catalog, request, state, listed=listed)
+    keep = None if request.discard else _keep(vm.catalog, request, state, listed=vm.lists_snapshots)
     if keep:
         if keep.memory.status == "saving":
             await vm.driver.check_memory_save()

@@ -41,8 +41,13 @@ def plan_hook(directory: Path) -> Plan:
     return Plan("setup: the libvirt hook", tuple(steps), warnings=(restart,))
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is a hook of ours. Raise OSError."""
+    return MARK in path.read_bytes()[:400]
+
+
 def _refuse_foreign(path: Path) -> None:
-    if path.exists() and MARK not in path.read_bytes()[:400]:
+    if path.exists() and not is_ours(path):
         raise Refused(f"{path} exists and is not ours", hint="move it away, then try again")
 
 

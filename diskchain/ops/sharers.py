@@ -16,8 +16,6 @@ from diskchain.ops.vm import VM
 from diskchain.store import catalog as catalog_store
 from diskchain.store.catalog import Home
 
-_MAGIC = b"QFI\xfb"
-
 
 def refuse_shared(vm: VM, image: Image, mine: Iterable[Image]) -> None:
     """Raise HasSharers, naming them, when anybody but the images `mine` uses the image.
@@ -96,7 +94,7 @@ def backing_identity(path: Path) -> tuple[int, int] | None:
     except DiskchainError:
         return None
     try:
-        if files.read_span(fd, 0, 4) != _MAGIC:
+        if files.read_span(fd, 0, 4) != qcow2.MAGIC:
             return None
         data = files.read_span(fd, 0, 1 << 16)
         name = qcow2.parse_header(data, os.fstat(fd).st_size).backing_name

@@ -97,7 +97,7 @@ def _of_catalog(seen: Look, catalog: Catalog, found: list[Finding]) -> Status:
         found += memory_fits(seen.name, home.disks_dir, room, space_for(seen.memory_bytes))
     tightest = min(volumes, key=lambda path: volumes[path][0], default=None)
     free, total = volumes[tightest] if tightest else (0, 0)
-    ready = [s for s in catalog.pending() if all(len(catalog.overlays_on(i)) < 2 for i in s.disks.values())]
+    ready = [s for s in catalog.pending() if not catalog.is_fork(s)]
     pending = [o.path for s in ready for i in s.disks.values() for o in catalog.overlays_on(i)]
     if pending:
         found.append(info("pending-merge", seen.name, f"{len(ready)} deleted, to be merged",

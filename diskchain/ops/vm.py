@@ -56,6 +56,11 @@ class VM:
         """The settings."""
         return self.host.config
 
+    @property
+    def lists_snapshots(self) -> bool:
+        """Whether the settings say that libvirt is to list its snapshots, too."""
+        return self.config.libvirt.register and self.driver.kind == LIBVIRT
+
     def save(self, catalog: Catalog) -> None:
         """Write the catalog durably, and go on with it."""
         catalog_store.save(self.home, catalog)

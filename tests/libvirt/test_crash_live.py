@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.libvirt.live import LiveDomain
-from tests.libvirt.test_rounds import count_on
+from tests.support.counted import count_on
 from tests.support.domain import DomainRig
 from tests.support.sample import some
 

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import random
-import re
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tests.libvirt.live import COUNT, LiveDomain
+from tests.support.counted import SLACK, count_on
 from tests.support.domain import DomainRig
 from tests.support.sample import FULL
 
 ROUNDS = 30 if FULL else 3
-SLACK = 3  # counts: the one under way at the instant, the one whose line was cut in two, the one that is read
-
-
-def count_on(image: Path) -> int:
-    """Return the counter in the first block of a frozen image, read without diskchain."""
-    argv = ["qemu-io", "-r", "-U", "-f", "qcow2", "-c", "read -v 8 8", str(image)]
-    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-    words = re.search(r"^0*8: *((?:[0-9a-f]{2} +){8})", said, re.MULTILINE)
-    assert words, said
-    return int.from_bytes(bytes.fromhex(words[1]), "little")
 
 
 @pytest.mark.timeout(1800)

@@ -6,8 +6,6 @@ The guest must go on from the snapshot's instant, which its frozen disks tell: n
 from __future__ import annotations
 
 import random
-import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,13 @@ import pytest
 from diskchain.chain.model import Snapshot
 from diskchain.store import catalog
 from tests.support.console import COUNTER, Console
+from tests.support.counted import SLACK, count_on
 from tests.support.own_machine import Guest, MiB, OwnMachine
 from tests.support.rig import wait_for
 from tests.support.sample import FULL
 
 ROUNDS = 25 if FULL else 10
 SEED = 20261122
-SLACK = 3  # counts: the one under way at the instant, the one whose line was cut in two, the one that is read
 
 
 @dataclass(frozen=True)
@@ -32,15 +30,6 @@ class Instant:
 
     name: str
     count: int
-
-
-def count_on(image: Path) -> int:
-    """Return the counter in the first block of a frozen image, read without diskchain."""
-    argv = ["qemu-io", "-r", "-U", "-f", "qcow2", "-c", "read -v 8 8", str(image)]
-    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-    words = re.search(r"^0*8: *((?:[0-9a-f]{2} +){8})", said, re.MULTILINE)
-    assert words, said
-    return int.from_bytes(bytes.fromhex(words[1]), "little")
 
 
 class Rounds:
