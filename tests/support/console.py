@@ -29,7 +29,7 @@ class FileFollower:
     def _start_again(self) -> None:
         self._position = 0
         self._tail = b""  # the last bytes that were read
-        self._partial = b""  # a line without its end
+        self.half_line = b""  # a line without its end
 
     def read_lines(self) -> list[str]:
         """Return the lines that were completed since the last call."""
@@ -38,7 +38,7 @@ class FileFollower:
                 data = self._read_new(file)
         except FileNotFoundError:
             return []
-        *lines, self._partial = (self._partial + data).split(b"\n")
+        *lines, self.half_line = (self.half_line + data).split(b"\n")
         return [line.decode("latin-1").rstrip("\r") for line in lines]
 
     def _read_new(self, file: BinaryIO) -> bytes:
@@ -47,8 +47,10 @@ class FileFollower:
         file.seek(self._position - len(self._tail))
         # A truncated file may already have grown again beyond our position: only its content can tell.
         if file.read(len(self._tail)) != self._tail:
+            cut_off = self.half_line
             self._start_again()
             file.seek(0)
+            self.half_line = cut_off and cut_off + b"\n"  # ended there, and stays a line of its own
         data = file.read()
         self._position += len(data)
         self._tail = (self._tail + data)[-TAIL_BYTES:]
@@ -100,8 +102,13 @@ class Console:
             return self._lines[after:]
 
     def mark(self) -> int:
-        """Return the position after the last line up to this moment."""
-        return len(self.lines())
+        """Return the position after the last line up to this moment; a line that is half written belongs to before.
+
+        A VM is paused, or another state of it loaded, in the middle of a line as well as between two.
+        """
+        self._poll()
+        with self._lock:
+            return len(self._lines) + bool(self._follower.half_line)
 
     def wait(self, pattern: str, timeout: float = 60, after: int = 0) -> re.Match[str]:
         """Return the match of the first line after the mark in which the pattern is found.

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.guest import boot_words, guest_files
+from tests.support.zygote import Zygote, heed_ctrl_c
 
 ROOT = Path(__file__).resolve().parents[2]
 MiB = 1 << 20
+ZYGOTE = Zygote()
 
 
 @dataclass
@@ -105,18 +107,22 @@ class Rig:
 
     def popen(self, *args: str, fault: str = "", prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
         """Start diskchain and return the process."""
-        env = {**self.env, **({"DISKCHAIN_FAULT": fault} if fault else {})}
         return subprocess.Popen(
             [*prefix, sys.executable, "-m", "diskchain", *args],
-            env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=_heed_ctrl_c,
+            env=self._env(fault), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=heed_ctrl_c,
         )  # fmt: skip
 
     def run(self, *args: str, fault: str = "", prefix: Sequence[str] = ()) -> Answer:
         """Run diskchain to its end."""
+        if not prefix:
+            return Answer(*ZYGOTE.run(args, self._env(fault), timeout=150))
         process = self.popen(*args, fault=fault, prefix=prefix)
         out, err = process.communicate(timeout=150)
         return Answer(process.returncode, out, err)
+
+    def _env(self, fault: str) -> dict[str, str]:
+        return {**self.env, **({"DISKCHAIN_FAULT": fault} if fault else {})}
 
     def ok(self, *args: str, fault: str = "") -> Answer:
         """Run diskchain; it must end with 0."""
@@ -268,11 +274,6 @@ class Rig:
             wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.rmtree(self.dir, ignore_errors=True)
-
-
-def _heed_ctrl_c() -> None:
-    """A shell's background ignores SIGINT, and what is started from there inherits it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _copy_sparse(source: str, target: str) -> None:

@@ -54,6 +54,16 @@ def test_wait_looks_only_after_the_mark(log: Path) -> None:
         console.wait("^T ", timeout=0)
 
 
+def test_a_line_that_is_half_written_at_the_mark_is_not_after_it(log: Path) -> None:
+    """Paused after `C 343 bad=0`, the VM goes on from a snapshot that was taken just before a line's end."""
+    console = Console(log, thread=False)
+    append(log, "C 342 bad=0\r\nC 343 bad=0")
+    mark = console.mark()
+    append(log, "\r\nC 398 bad=0\r\n")
+    assert texts(console, mark) == ["C 398 bad=0"]
+    assert console.wait(r"^C (\d+)", after=mark)[1] == "398"
+
+
 def test_counter_and_bad_read_the_oracle(log: Path) -> None:
     console = Console(log, thread=False)
     assert console.counter() is None
