@@ -24,6 +24,7 @@ from diskchain.drivers.protocol import Chains, Definition, Listed, PauseGuard, S
 from diskchain.drivers.qemu_agent import QemuAgent
 from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
 from diskchain.drivers.qemu_parts import Parts, missing
+from diskchain.drivers.ready_command import ReadyCommand
 from diskchain.drivers.suitable import Unsuitable
 from diskchain.drivers.watched import WatchedQemu
 from diskchain.errors import DiskchainError, DriverFailed, Refused, Unreachable
@@ -36,7 +37,8 @@ from diskchain.host.process import (
     spawn_detached,
 )
 
-SOCKETS = ("qmp", "info", "watch")  # a QMP socket serves one client at a time: changes, looks, the watchdog
+# a QMP socket serves one client at a time: changes, looks, the watchdog, the command that switches the disks
+SOCKETS = ("qmp", "info", "watch", "switch")
 
 _STATES = {
     "running": VMState.RUNNING,
@@ -58,6 +60,7 @@ class QemuDriver(QemuAgent, MemorySaver):
         self.run_dir = run_dir / registered.machine.uuid
         self._socket = socket
         self._monitor: Monitor | None = None
+        self._switch: ReadyCommand | None = None
         self._parts = Parts(registered.machine.name, registered.home, self.run_dir)
         self.name = registered.machine.name
         self.uuid = registered.machine.uuid
@@ -104,6 +107,7 @@ class QemuDriver(QemuAgent, MemorySaver):
 
     async def close(self) -> None:
         """Close the connection; the machine goes on."""
+        await self._forget_switch()
         if self._monitor:
             await self._monitor.close()
             self._monitor = None
@@ -294,7 +298,7 @@ class QemuDriver(QemuAgent, MemorySaver):
 
     def _fresh_run_dir(self) -> None:
         self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if len(os.fsencode(self.run_dir / "watch.sock")) > 107:
+        if len(os.fsencode(self.run_dir / "switch.sock")) > 107:
             raise DriverFailed(f"the path {self.run_dir} is too long for sockets",
                                hint="choose a shorter run_dir in the configuration")  # fmt: skip
         for name in (*(f"{s}.sock" for s in SOCKETS), "agent.sock", "pid"):
@@ -403,23 +407,42 @@ class QemuDriver(QemuAgent, MemorySaver):
         return WatchdogGuard.guarding(WatchedQemu(self.run_dir), words, self.home / "watchdog.log", limit)
 
     async def prepare_disks(self, overlays: Mapping[str, Image]) -> None:
-        """blockdev-add with `backing: null`: the overlay is open, its backing file is not opened a second time."""
+        """blockdev-add with `backing: null`: the overlay is open, its backing file is not opened a second time.
+
+        The transaction is sent but for its last byte; a QEMU that an older diskchain started has no socket for that.
+        """
         for image in overlays.values():
             await self._execute("blockdev-add", **blockdev(image, None, read_only=False))
+        await self._forget_switch()
+        with contextlib.suppress(Unreachable):
+            self._switch = await ReadyCommand.open(self.run_dir / "switch.sock", "transaction",
+                                                   actions=_snapshot_actions(overlays))  # fmt: skip
 
     async def forget_prepared(self, overlays: Mapping[str, Image]) -> None:
         """blockdev-del of what was added."""
+        await self._forget_switch()
         for image in overlays.values():
             with contextlib.suppress(DriverFailed):
                 await self._execute("blockdev-del", node_name=node_name(image))
 
     async def switch_disks(self, overlays: Mapping[str, Image]) -> None:
         """One transaction of blockdev-snapshot: all disks or none (1-4 ms)."""
-        actions = [
-            {"type": "blockdev-snapshot", "data": {"node": f"layer-{image.backing}", "overlay": node_name(image)}}
-            for image in overlays.values()
-        ]
-        await self._execute("transaction", actions=actions)
+        if self._switch:
+            await self._switch.run()
+        else:
+            await self._execute("transaction", actions=_snapshot_actions(overlays))
+
+    async def _forget_switch(self) -> None:
+        if self._switch:
+            await self._switch.close()
+            self._switch = None
+
+
+def _snapshot_actions(overlays: Mapping[str, Image]) -> list[dict[str, Any]]:
+    return [
+        {"type": "blockdev-snapshot", "data": {"node": f"layer-{image.backing}", "overlay": node_name(image)}}
+        for image in overlays.values()
+    ]
 
 
 def _target_of(block: Mapping[str, Any]) -> str:

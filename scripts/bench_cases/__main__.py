@@ -22,7 +22,7 @@ def main(words: Sequence[str]) -> int:
     """Run what was asked for; 0 also when a goal was not reached: figures are for people to judge."""
     options = parse(words)
     if options.list:
-        print("\n".join(f"{name:8} {(case.__doc__ or '').splitlines()[0]}" for name, case in CASES.items()))
+        print("\n".join(f"{name:14} {(case.__doc__ or '').splitlines()[0]}" for name, case in CASES.items()))
         return 0
     facts = machine_facts()
     rows = run_cases(options.only or list(CASES), options.level, tuple(options.size or ()))

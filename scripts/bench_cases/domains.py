@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from scripts.bench_cases.figures import Goal, Row
 from tests.support.domain import DomainRig
 from tests.support.libvirtd import Libvirtd
 
-Work = Callable[["Side"], Path]
+Work = Callable[["Side"], Path | None]
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Side:
     count: int = 0
     gaps: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    sizes: list[float] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)  # of what was made, where something was
 
     def hold(self, on: bool) -> None:
         """Let its QEMU stand still while the other one is measured."""
@@ -38,15 +39,16 @@ class Side:
         """Do it once; return the gap."""
         self.count += 1
         took: list[float] = []
-        made: list[Path] = []
+        made: list[Path | None] = []
 
         def once() -> None:
             took.append(timed(lambda: made.append(work(self))) / 1000)
 
         self.gaps.append(silence(self.rig.console(), once))
         self.seconds.append(took[0])
-        self.sizes.append(made[0].stat().st_size / MiB)
-        made[0].unlink()
+        if made[0]:
+            self.sizes.append(made[0].stat().st_size / MiB)
+            made[0].unlink()
         return self.gaps[-1]
 
 
@@ -75,6 +77,32 @@ def domains(bench: Bench) -> Iterator[Row]:
             yield Row("file of the memory", ours.sizes, theirs.sizes, against, "MiB", goal)
 
 
+def reverts(bench: Bench) -> Iterator[Row]:
+    """`revert` of a libvirt domain to a snapshot with memory against virsh snapshot-revert."""
+    mib = 256 if bench.quick else 1024
+    count = bench.pairs(5, 2)
+    say(f"libvirt, {mib} MiB: {count} pairs of revert against snapshot-revert")
+    with _two(bench, mib, mib // 4) as (own, virsh):
+        own.ok("create", own.name, "s")
+        virsh.virsh("snapshot-create-as", virsh.name, "s", "--memspec", f"file={virsh.dir}/s.memory,snapshot=external",
+                    "--atomic", *_overlays(virsh, "s"))  # fmt: skip
+        ours, theirs = Side(own), Side(virsh)
+        in_turns(count, lambda: _while_held(theirs, lambda: ours.measure(_revert)),
+                 lambda: _while_held(ours, lambda: theirs.measure(_snapshot_revert)), settle=1)  # fmt: skip
+        guest = f"{mib} MiB, {mib // 4} MiB of it written"
+        yield Row(f"no guest runs, {guest}", ours.gaps, theirs.gaps, "snapshot-revert")
+        yield Row("whole time", ours.seconds, theirs.seconds, "snapshot-revert", "s")
+
+
+def can_revert() -> bool:
+    """Whether this libvirt reverts to external snapshots at all (since 9.9)."""
+    return available() and tuple(map(int, _version().split(".")[:2])) >= (9, 9)
+
+
+def _version() -> str:
+    return subprocess.run(["libvirtd", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
 def _while_held(other: Side, work: Callable[[], float]) -> float:
     other.hold(True)
     try:
@@ -93,7 +121,13 @@ def _two(bench: Bench, mib: int, dirty: int) -> Iterator[tuple[DomainRig, Domain
         for name in ("own", "virsh"):
             place = bench.place()
             rig = DomainRig(
-                place, name=name, daemon=daemon, memory=f"{mib} MiB", modes=f"tick,dirty{dirty}", size=256 * MiB
+                place,
+                name=name,
+                daemon=daemon,
+                memory=f"{mib} MiB",
+                modes=f"tick,dirty{dirty}",
+                size=256 * MiB,
+                forked=False,
             )
             rigs.append(rig)
             rig.build(guest=True)
@@ -123,10 +157,21 @@ def _not_live(side: Side) -> Path:
 def _snapshot(side: Side, *words: str) -> Path:
     rig, name = side.rig, f"n{len(list(side.rig.dir.iterdir()))}"
     memory = rig.dir / f"memory.{name}"
-    specs = [w for t in rig.targets for w in ("--diskspec", f"{t},snapshot=external,file={rig.dir}/{t}.{name}.qcow2")]
     rig.virsh("snapshot-create-as", rig.name, name, "--memspec", f"file={memory},snapshot=external", "--atomic",
-              "--no-metadata", *specs, *words)  # fmt: skip
+              "--no-metadata", *_overlays(rig, name), *words)  # fmt: skip
     return memory
+
+
+def _overlays(rig: DomainRig, name: str) -> list[str]:
+    return [w for t in rig.targets for w in ("--diskspec", f"{t},snapshot=external,file={rig.dir}/{t}.{name}.qcow2")]
+
+
+def _revert(side: Side) -> None:
+    side.rig.ok("revert", side.rig.name, "s", "--discard", "-y")
+
+
+def _snapshot_revert(side: Side) -> None:
+    side.rig.virsh("snapshot-revert", side.rig.name, "s")
 
 
 def _save(side: Side) -> Path:

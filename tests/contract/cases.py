@@ -77,6 +77,16 @@ class Case:
         raise NotImplementedError
 
 
+def paths(images: Mapping[str, Image]) -> dict[str, Path]:
+    """Their files."""
+    return {target: image.path for target, image in images.items()}
+
+
+def base_chains(case: Case) -> dict[str, tuple[Image, ...]]:
+    """The chains of a fresh machine."""
+    return {t: (image,) for t, image in case.bases.items()}
+
+
 class QemuCase(Case):
     """The embedded driver with a machine of its own."""
 

@@ -16,8 +16,8 @@ import pytest
 
 from diskchain.drivers.protocol import Driver
 from diskchain.errors import AgentFailed, AgentMissing, Refused
-from tests.contract.cases import DRIVERS, Case
-from tests.contract.test_driver import base_chains, play, started
+from tests.contract.cases import DRIVERS, Case, base_chains
+from tests.contract.test_driver import play, started
 from tests.support.console import Console
 
 

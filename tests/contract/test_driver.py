@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from diskchain.chain.model import Image
 from diskchain.drivers.protocol import Driver, VMState
 from diskchain.errors import DiskchainError, DriverFailed
 from diskchain.store import memory_file
-from tests.contract.cases import DRIVERS, Case
+from tests.contract.cases import DRIVERS, Case, base_chains, paths
 from tests.support.console import Console
 
 COUNT = r"^C (\d+) bad="
@@ -52,16 +52,6 @@ def play(case: Case, story: Callable[[Driver, Console], Awaitable[Any]]) -> None
 def chains(*tops: tuple[Image, ...]) -> dict[str, tuple[Image, ...]]:
     """Chains by target."""
     return {c[0].target: c for c in tops}
-
-
-def paths(images: Mapping[str, Image]) -> dict[str, Path]:
-    """Their files."""
-    return {target: image.path for target, image in images.items()}
-
-
-def base_chains(case: Case) -> dict[str, tuple[Image, ...]]:
-    """The chains of a fresh machine."""
-    return {t: (image,) for t, image in case.bases.items()}
 
 
 async def started(driver: Driver, case: Case, console: Console) -> None:
