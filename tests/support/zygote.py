@@ -104,7 +104,7 @@ def serve(address: str) -> socket.socket:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a process B ended
     print("ready", flush=True)
     while True:
-        readable, _, _ = select.select([listener, 0], [], [])
+        readable, _, _ = select.select([listener.fileno(), 0], [], [])
         if 0 in readable:  # who made us is gone
             os._exit(0)
         connection, _ = listener.accept()
