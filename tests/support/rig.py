@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.guest import boot_words, guest_files
+from tests.support.image_bytes import chain_bytes, copy_sparse
 from tests.support.zygote import Zygote, heed_ctrl_c
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,8 @@ class Rig:
     uri: str = "none"  # no libvirt of the host's is ever asked
     forked: bool = True  # commands come from a process that has imported everything; else each starts Python
     expected: dict[str, dict[str, str]] = field(default_factory=dict)
+    _digests: dict[str | None, str] = field(default_factory=dict)
+    _checked: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -203,7 +206,16 @@ class Rig:
         return "raw" if path.suffix == ".raw" else "qcow2"
 
     def digest(self, path: Path) -> str:
-        """The sha256 of what a guest would read from an image."""
+        """The sha256 of what a guest would read from an image; asked once for the same bytes in the same chain."""
+        known = None if self.pid() else chain_bytes(path)
+        if known in self._digests:
+            return self._digests[known]
+        found = self._flat_digest(path)
+        if known:
+            self._digests[known] = found
+        return found
+
+    def _flat_digest(self, path: Path) -> str:
         with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="dc-digest-") as flat:
             self.qemu_img("convert", "-U", "-f", self.fmt(path), "-O", "raw", str(path), flat.name)
             return hashlib.file_digest(open(flat.name, "rb"), "sha256").hexdigest()
@@ -249,9 +261,17 @@ class Rig:
         in_use = set(self.active().values()) if self.pid() else set()
         for path in sorted(images & there - in_use):
             if path.suffix == ".qcow2":
-                done = subprocess.run(["qemu-img", "check", "-U", "-q", str(path)], capture_output=True, text=True)
-                wrong += [] if done.returncode in (0, 3) else [f"check {path.name}: {done.stdout} {done.stderr}"]
+                wrong += self._check(path)
         return wrong
+
+    def _check(self, path: Path) -> list[str]:
+        """What qemu-img check says against an image; asked once for the same bytes in the same chain."""
+        known = chain_bytes(path)
+        if known not in self._checked:
+            done = subprocess.run(["qemu-img", "check", "-U", "-q", str(path)], capture_output=True, text=True)
+            bad = [f"check {path.name}: {done.stdout} {done.stderr}"]
+            self._checked[known] = [] if done.returncode in (0, 3) else bad
+        return self._checked[known]
 
     # -- time and end
 
@@ -259,13 +279,13 @@ class Rig:
         """Copy the whole directory away; `restore_template` brings it back."""
         template = self.dir.with_suffix(f".{name}")
         shutil.rmtree(template, ignore_errors=True)
-        shutil.copytree(self.dir, template, symlinks=True, copy_function=_copy_sparse)
+        shutil.copytree(self.dir, template, symlinks=True, copy_function=copy_sparse)
         return template
 
     def restore_template(self, template: Path) -> None:
         """Put the directory back as it was, with the times of its files."""
         shutil.rmtree(self.dir)
-        shutil.copytree(template, self.dir, symlinks=True, copy_function=_copy_sparse)
+        shutil.copytree(template, self.dir, symlinks=True, copy_function=copy_sparse)
 
     def destroy(self) -> None:
         """Kill the machine and remove everything."""
@@ -275,10 +295,6 @@ class Rig:
             wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.rmtree(self.dir, ignore_errors=True)
-
-
-def _copy_sparse(source: str, target: str) -> None:
-    subprocess.run(["cp", "--preserve=all", "--sparse=always", source, target], check=True)
 
 
 def process_state(pid: int) -> str:
