@@ -25,7 +25,10 @@ def copy_sparse(source: str, target: str) -> None:
 
 
 def chain_bytes(path: Path) -> str:
-    """Return a digest over every byte of an image and of all that it stands on, up to a missing file: the same digest, the same guest content."""
+    """Return a digest over every byte of an image and of all that it stands on, up to a missing file.
+
+    The same digest, the same guest content.
+    """
     found = hashlib.sha256()
     while True:
         found.update(os.fsencode(path))
