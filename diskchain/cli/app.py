@@ -106,6 +106,7 @@ COMMANDS = [
     Entry("adopt", "records", "adopt", "Take up a libvirt domain, and what others did to its chains.", _HEALTH),
     Entry("forget", "records", "forget", "Let go of a libvirt domain: its records go, its images stay.", _HEALTH),
     Entry("setup", "setup", "setup", "Install the libvirt hook.", _HEALTH),
+    Entry("base", "base", "base", "Seal a base that VMs share, verify it, list who uses it.", _HEALTH),
     Entry("recover", "recover", "recover", "Finish or undo what was interrupted.", _HEALTH),
 ]
 _TABLE = {entry.name: entry for entry in COMMANDS}

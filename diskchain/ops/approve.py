@@ -87,7 +87,7 @@ def _walk(top: Path, fmt: str, roots: Sequence[Path] | None) -> Iterator[_Layer]
 
 
 def _missing(layer: _Layer, error: NotFound) -> ChainDamaged:
-    hint = "bring the file back, or correct the name: qemu-img rebase -u -b BACKING -F FORMAT IMAGE"
+    hint = "bring the file back, or let diskchain look for it: diskchain check --repair VM"
     return ChainDamaged(f"{layer.path!r}: its backing file is missing: {error.message}", hint=hint)
 
 

@@ -17,6 +17,7 @@ from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
 from diskchain.ops.approve import approve_chain, fingerprint
 from diskchain.ops.vm import new_id
+from diskchain.store import seal
 
 
 def verify_chain(catalog: Catalog, top: str) -> None:
@@ -41,7 +42,9 @@ def verify_chain(catalog: Catalog, top: str) -> None:
 
 
 def _missing_hint(image: Image) -> str:
-    return f"bring {image.path.name} back to {image.path.parent}; every overlay on it needs it"
+    return (
+        f"bring {image.path.name} back to {image.path.parent}, or let diskchain look for it: diskchain check --repair"
+    )
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -62,6 +65,15 @@ def verify_frozen(image: Image) -> None:
             f"{image.target}: {image.path} was changed since it was frozen ({', '.join(differing)} differ)",
             hint="something wrote to it or put another file in its place; bring the right file back",
         )
+    _verify_seal(image)
+
+
+def _verify_seal(image: Image) -> None:
+    """A base that was sealed must have its time, too: what is written in place does not show in its tables."""
+    found = seal.load(image.path)
+    if found is not None and image.path.stat().st_mtime_ns != found.mtime_ns:
+        raise ChainDamaged(f"{image.target}: {image.path} was written to since it was sealed on {found.created}",
+                           hint=f"diskchain base verify --deep '{image.path}'; if it is right, seal it again")  # fmt: skip
 
 
 def verify_overlay(image: Image, below: Image) -> None:

@@ -14,14 +14,17 @@ from diskchain.errors import DiskchainError, HasSharers
 from diskchain.host import files
 from diskchain.ops.vm import VM
 from diskchain.store import catalog as catalog_store
+from diskchain.store import seal
 from diskchain.store.catalog import Home
+
+DEPTH = 3  # directories below an image root that are looked through
 
 
 def refuse_shared(vm: VM, image: Image, mine: Iterable[Image]) -> None:
     """Raise HasSharers, naming them, when anybody but the images `mine` uses the image.
 
-    Looked through: all machines and their catalogs, every file beside any known disk (by device and inode, so other
-    names and hard links count), and the image's link count.
+    Looked through: all machines and their catalogs, every file beside any known disk and below the image roots (by device
+    and inode, so other names and hard links count), the image's link count and its seal.
     """
     status = image.path.stat()
     if status.st_nlink > 1:
@@ -32,13 +35,16 @@ def refuse_shared(vm: VM, image: Image, mine: Iterable[Image]) -> None:
 
 def refuse_overlays(vm: VM, image: Image, mine: Iterable[Image]) -> None:
     """Raise HasSharers, naming them, when anybody but the images `mine` stands on the image or uses it as a disk."""
+    if seal.is_sealed(image.path):
+        raise HasSharers(f"{image.path} is sealed as a base; it is neither merged into nor removed",
+                         hint=f"diskchain detach {vm.name} gives the VM a copy of its own")  # fmt: skip
     status = image.path.stat()
     known = {i.path.resolve() for i in mine} | {image.path.resolve()}
     target = (status.st_dev, status.st_ino)
     users = sorted(set(_other_machines(vm, target)) | set(_overlays_in_directories(vm, target, known)))
     if users:
         raise HasSharers(f"{image.path} is used by {', '.join(users)} too; a merge or delete would destroy them",
-                         hint="nobody else may use the layers of a delete; delete or move the other users first")  # fmt: skip
+                         hint=f"diskchain detach {vm.name} gives it a copy; or let the other users go first")  # fmt: skip
 
 
 def _other_machines(vm: VM, target: tuple[int, int]) -> Iterable[str]:
@@ -57,10 +63,22 @@ def _overlays_in_directories(vm: VM, target: tuple[int, int], known: set[Path]) 
     directories = {i.path.parent.resolve() for i in vm.catalog.images.values()}
     for other in vm.host.neighbours():
         directories |= {disk.parent.resolve() for disk in other.disks}
+    for root in vm.config.image_roots:
+        directories |= set(directories_below(root.resolve(), DEPTH))
     for directory in directories:
         for path in _files(directory):
             if path.resolve() not in known and _backs_on(path, target):
                 yield str(path)
+
+
+def directories_below(directory: Path, depth: int) -> Iterable[Path]:
+    """Yield a directory and what is below it, to a depth; hidden ones and symlinks are passed over."""
+    yield directory
+    if depth > 0:
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in list(entries):
+                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                    yield from directories_below(Path(entry.path), depth - 1)
 
 
 def overlays_beside(image: Path) -> list[Path]:
