@@ -49,6 +49,7 @@ class App:
     answered: bool = False  # the JSON object was printed
     interrupted: str = "interrupted"  # what Ctrl-C means now
     warnings: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)  # more keys of the answer
     part: Part | None = None  # the command works on several VMs, and this is for one of them
     results: list[dict[str, Any]] = field(default_factory=list)  # of several VMs, so far
 

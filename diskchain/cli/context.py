@@ -134,7 +134,7 @@ def progress(app: App) -> LineProgress:
 
 def answer(app: App, payload: dict[str, Any], lines: Iterable[str]) -> None:
     """Print a command's answer: the JSON object, or the lines (each made safe for a terminal)."""
-    extra = {"warnings": app.warnings} if app.warnings and "warnings" not in payload else {}
+    extra = {**app.extra, **({"warnings": app.warnings} if app.warnings and "warnings" not in payload else {})}
     if app.part:
         app.part.body, app.part.lines = {**payload, **extra}, list(lines)
         return

@@ -11,8 +11,9 @@ from diskchain.chain import rules
 from diskchain.chain.rules import Finding, Severity
 from diskchain.chain.text import size
 from diskchain.cli import context, many, render
+from diskchain.cli import repair as cli_repair
 from diskchain.cli.app import App, common
-from diskchain.cli.options import maybe_vms_argument
+from diskchain.cli.options import changing_options, maybe_vms_argument, yes_option
 from diskchain.ops import check as ops
 from diskchain.ops import doctor as ops_doctor
 from diskchain.ops import status as ops_status
@@ -89,12 +90,19 @@ def _below(one: Status) -> list[str]:
 @click.command(epilog="Example: diskchain check --deep web1")
 @maybe_vms_argument
 @click.option("--deep", is_flag=True, help="Read everything: checksums of saved memory, qemu-img check of stopped VMs.")
+@click.option("--repair", is_flag=True, help="Put right what is beyond doubt, of VMs that are off; asks first.")
+@yes_option
+@changing_options
 @common
-def check(vm: str | None, deep: bool) -> None:
-    """Hold records, files and hypervisor against each other. Exit 10: warnings, 11: errors. Nothing is changed."""
+def check(vm: str | None, deep: bool, repair: bool, yes: bool, wait: float | None, dry_run: bool) -> None:
+    """Hold records, files and hypervisor against each other. Exit 10: warnings, 11: errors. Without --repair nothing changes."""
     app = context.current()
-    host = context.open_host(app)
+    host = context.open_host(app, wait)
     names = _names(host, vm)
+    if repair:
+        context.run_async(cli_repair.repair(app, host, names, yes=yes, dry_run=dry_run))
+        if dry_run:
+            return
     found = context.run_async(_check(host, names, deep))
     title = f"{len(names)} VM{'' if len(names) == 1 else 's'}"
     _answer(app, found, f"{title} checked")

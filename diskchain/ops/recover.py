@@ -11,7 +11,18 @@ from dataclasses import dataclass, replace
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import RecordDamaged, Refused, Unfinished
 from diskchain.host import files
-from diskchain.ops import create, create_rest, delete, flat_pause, layers, quiesce, revert, save_memory, state_files
+from diskchain.ops import (
+    create,
+    create_rest,
+    delete,
+    flat_pause,
+    layers,
+    quiesce,
+    repair,
+    revert,
+    save_memory,
+    state_files,
+)
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM
 from diskchain.store import journal
@@ -40,7 +51,7 @@ async def recover(vm: VM, progress: Progress = QUIET, *, undo: bool = False,
     if entry is None:
         return None
     state, name = entry.state, str(entry.data.get("name", entry.id))
-    handlers = {"create": _create, "revert": _revert, "delete": _delete}
+    handlers = {"create": _create, "revert": _revert, "delete": _delete, "repair": _repair}
     if entry.op not in handlers:
         raise RecordDamaged(f"the journal of {vm.name} holds an operation {entry.op!r} of a newer diskchain")
     outcome, note = await handlers[entry.op](vm, entry, progress, undo, finish)
@@ -130,6 +141,10 @@ async def _delete(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
             layers.verify_frozen(image)
     await delete.carry_out(vm, entry, progress)
     return "finished", "the merge is done"
+
+
+async def _repair(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: bool) -> tuple[str, str]:
+    return await repair.resume(vm, entry)
 
 
 async def before_start(vm: VM, progress: Progress) -> Recovered | None:

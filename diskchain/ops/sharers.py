@@ -107,6 +107,13 @@ def _backs_on(path: Path, target: tuple[int, int]) -> bool:
 
 def backing_identity(path: Path) -> tuple[int, int] | None:
     """Return (device, inode) of the backing file that an image names; None when it names none, or can't be read."""
+    name = backing_name(path)
+    file = None if name is None else _file_named(name)
+    return None if file is None else _identity(path.parent / file)
+
+
+def backing_name(path: Path) -> str | None:
+    """Return the backing file that an image names, as it stands in its header; None when it names none, or can't be read."""
     try:
         fd = files.open_untrusted(path)
     except DiskchainError:
@@ -115,13 +122,11 @@ def backing_identity(path: Path) -> tuple[int, int] | None:
         if files.read_span(fd, 0, 4) != qcow2.MAGIC:
             return None
         data = files.read_span(fd, 0, 1 << 16)
-        name = qcow2.parse_header(data, os.fstat(fd).st_size).backing_name
+        return qcow2.parse_header(data, os.fstat(fd).st_size).backing_name
     except DiskchainError:
         return None
     finally:
         os.close(fd)
-    file = None if name is None else _file_named(name)
-    return None if file is None else _identity(path.parent / file)
 
 
 def _file_named(name: str) -> str | None:

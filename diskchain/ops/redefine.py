@@ -1,0 +1,37 @@
+"""Files of a VM lie elsewhere now: let its definition name them there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from diskchain.chain.machine import DiskSpec, Machine
+from diskchain.chain.model import Image
+from diskchain.ops.vm import VM
+
+
+async def follow(vm: VM, moved: Mapping[Path, Image], home: Path | None = None) -> None:
+    """Given where each file was, and what is in its place (as the catalog has it), change the definition. Can be repeated.
+
+    `home`: the records are there now, too: the definition is written in one step with that (a machine of ours).
+    """
+    if vm.registered is None:
+        await vm.driver.align(vm.catalog.active_chains(), list(moved))
+        return
+    registered = replace(
+        vm.registered, machine=with_images(vm.registered.machine, moved), home=home or vm.registered.home
+    )
+    if registered != vm.registered:
+        vm.host.machines.put(registered)
+        vm.registered = registered
+
+
+def with_images(machine: Machine, moved: Mapping[Path, Image]) -> Machine:
+    """Return the machine with its disks where they are now."""
+    return replace(machine, disks=tuple(_disk(disk, moved) for disk in machine.disks))
+
+
+def _disk(disk: DiskSpec, moved: Mapping[Path, Image]) -> DiskSpec:
+    image = moved.get(Path(disk.image))
+    return disk if image is None else replace(disk, image=str(image.path), fmt=image.fmt)

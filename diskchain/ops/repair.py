@@ -1,0 +1,123 @@
+"""check --repair: what is put right of a VM that is off, each thing with the evidence for it; what is unsure is left alone.
+
+relink      a layer is gone from its place, and exactly one file that is nobody else's has its fingerprint
+header      a layer's header is torn or names something else, and with the header that the catalog knows its fingerprint
+            is the one that was recorded: proven before anything is written
+touched     a base's time was changed, and a person sealed it again since
+leaks       `qemu-img check` counts clusters that are reserved and unused; no data is affected
+definition  the definition names another file than the catalog, and nothing was written there
+rubbish     files of ours that a kill left behind, and that nothing names
+
+Each is journalled (operation `repair`); interrupted, it is done again, or let go of when it does not apply any more: what is
+wrong is found anew by the next check.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from diskchain.chain.model import Image
+from diskchain.errors import DiskchainError, VMRunning
+from diskchain.host.fault import point
+from diskchain.ops import repair_files, repair_images
+from diskchain.ops.vm import VM, new_id, now_utc, refuse_unfinished
+from diskchain.store import journal
+from diskchain.store.journal import Entry
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One thing that can be put right. `image`: a catalog's id; `path`: the file that is meant, or where it is now."""
+
+    kind: str
+    subject: str
+    evidence: str
+    step: str
+    image: str = ""
+    path: Path = Path()
+
+
+_DO: dict[str, Callable[[VM, str, Path], Awaitable[None]]] = {
+    "relink": repair_images.relink,
+    "header": repair_images.write_header,
+    "touched": repair_images.take_seal,
+    "leaks": repair_images.repair_leaks,
+    "definition": repair_files.realign,
+    "rubbish": repair_files.remove,
+}
+
+
+async def find(vm: VM) -> list[Repair]:
+    """Return what can be put right of a VM. Raise VMRunning when it is on, Unfinished, Refused (a managed save)."""
+    if not (await vm.driver.state()).is_off:
+        raise VMRunning(f"{vm.name} is on; a repair needs it to be off", hint=f"diskchain stop {vm.name}")
+    refuse_unfinished(vm)
+    await vm.driver.refuse("merge")
+    if not vm.known:
+        return []
+    found: list[Repair] = []
+    for image in vm.catalog.images.values():
+        found += await _of_image(vm, image)
+    found += [
+        Repair("definition", subject, evidence, step) for subject, evidence, step in await repair_files.drifted(vm)
+    ]
+    for path, evidence in await asyncio.to_thread(lambda: list(repair_files.rubbish(vm))):
+        found.append(Repair("rubbish", str(path), evidence, f"rm '{path}'", path=path))
+    return sorted(found, key=lambda repair: repair.kind == "relink")  # a header must be whole before it is written anew
+
+
+async def _of_image(vm: VM, image: Image) -> list[Repair]:
+    where = f"{image.target} {image.path}"
+    if not os.path.lexists(image.path):
+        place = await asyncio.to_thread(repair_images.moved_to, vm, image)
+        evidence = f"it is not there; {place} has its fingerprint, and no other file in a known directory"
+        return [Repair("relink", where, evidence, f"go on with {place}", image.id, place)] if place else []
+    with contextlib.suppress(DiskchainError):
+        if await repair_images.header_for(vm, image):
+            evidence = (
+                "its header is not what was recorded; with the one that the catalog knows its fingerprint fits again"
+            )
+            return [Repair("header", where, evidence, "write that header", image.id, image.path)]
+        if seal := await asyncio.to_thread(repair_images.sealed_again, image):
+            evidence = (
+                f"only its time differs from what was recorded, and {seal.by} sealed it as it is on {seal.created}"
+            )
+            return [Repair("touched", where, evidence, "record it as it is", image.id, image.path)]
+        if leaks := await repair_images.leaks_of(vm, image):
+            evidence = f"qemu-img check counts {leaks} clusters that are reserved and unused, and nothing wrong"
+            return [Repair("leaks", where, evidence, "qemu-img check -r leaks", image.id, image.path)]
+    return []
+
+
+async def carry_out(vm: VM, repair: Repair) -> None:
+    """Put one thing right. The VM's lock is held, its journal is empty. Raise what stands in the way."""
+    data = {"name": f"{repair.kind} {repair.path.name or repair.subject}", "kind": repair.kind, "image": repair.image,
+            "path": str(repair.path)}  # fmt: skip
+    entry = journal.begin(vm.home, "repair", new_id(), now_utc(), data)
+    try:
+        await redo(vm, entry)
+    finally:
+        entry.close()
+
+
+async def redo(vm: VM, entry: Entry) -> None:
+    """Do what an entry says, from wherever it stopped."""
+    await _DO[entry.data["kind"]](vm, entry.data["image"], Path(entry.data["path"]))
+    point("repair.done-one")
+
+
+async def resume(vm: VM, entry: Entry) -> tuple[str, str]:
+    """Recovery. What does not apply any more is let go of: it must not keep the VM from anything."""
+    try:
+        await redo(vm, entry)
+    except (DiskchainError, OSError) as error:
+        entry.close()
+        text = error.message if isinstance(error, DiskchainError) else str(error)
+        return "undone", f"it can't be done any more ({text}); diskchain check {vm.name} says how it is"
+    entry.close()
+    return "finished", "it is put right"

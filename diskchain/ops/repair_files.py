@@ -1,0 +1,164 @@
+"""Drift of the definition, and rubbish: what of it is beyond doubt. See repair.py."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from diskchain.chain.model import Catalog, Image
+from diskchain.chain.text import size
+from diskchain.errors import DiskchainError, Refused
+from diskchain.host import files, locks
+from diskchain.ops import images_known, layers, redefine, sharers
+from diskchain.ops.vm import VM
+
+OLD = 3600.0  # seconds; a temporary file that is younger may be somebody's who is at work
+_OURS = re.compile(r"(?P<stem>.+)\.(?P<target>[^.]+)\.(?P<id>[0-9a-f]{12})\.qcow2")
+
+
+# -- the definition ----------------------------------------------------------------------------------------------------
+
+
+async def drifted(vm: VM) -> list[tuple[str, str, str]]:
+    """Return for each disk whose definition can safely follow the catalog: subject, evidence, step."""
+    return list(_of_machine(vm)) if vm.registered else await _of_domain(vm)
+
+
+def _of_machine(vm: VM) -> Iterator[tuple[str, str, str]]:
+    """A machine's image only identifies its chain: the catalog decides what it starts on."""
+    assert vm.registered
+    for disk in vm.registered.machine.disks:
+        image = vm.catalog.image_at(Path(disk.image))
+        if disk.target in vm.catalog.active and (image is None or image.target != disk.target):
+            base = vm.catalog.chain(vm.catalog.active[disk.target])[-1]
+            evidence = f"the definition names {disk.image}, no image of its chain; the catalog decides what starts"
+            yield f"{vm.name} {disk.target}", evidence, f"let it name {base.path}"
+
+
+async def _of_domain(vm: VM) -> list[tuple[str, str, str]]:
+    """Something defined the domain on a frozen layer of ours: harmless as long as nothing was written there."""
+    found = []
+    for target, path in (await vm.driver.next_files() or {}).items():
+        active = vm.catalog.active.get(target)
+        if active is None or files.same_file(vm.catalog.images[active].path, path):
+            continue
+        chain = vm.catalog.chain(active)
+        named = next((image for image in chain[1:] if files.same_file(image.path, path)), None)
+        if named is None or not _whole(chain):
+            continue
+        evidence = f"it is defined with {path}, a frozen layer of its own chain, and that is as it was frozen"
+        found.append((f"{vm.name} {target}", evidence, f"define it with {chain[0].path}, as the catalog says"))
+    return found
+
+
+def _whole(chain: list[Image]) -> bool:
+    try:
+        layers.verify_active(_only(chain))
+    except DiskchainError:
+        return False
+    return all(image.fingerprint for image in chain[1:])
+
+
+def _only(chain: list[Image]) -> Catalog:
+    return Catalog("", "", {image.id: image for image in chain}, {chain[0].target: chain[0].id})
+
+
+async def realign(vm: VM, image_id: str, path: Path) -> None:
+    """Let the definition follow the catalog."""
+    if vm.registered is None:
+        await vm.driver.align(vm.catalog.active_chains())
+        return
+    disks = {d.target: Path(d.image) for d in vm.registered.machine.disks}
+    wrong = {named: vm.catalog.chain(vm.catalog.active[target])[-1] for target, named in disks.items()
+             if target in vm.catalog.active and vm.catalog.image_at(named) is None}  # fmt: skip
+    await redefine.follow(vm, wrong)
+
+
+# -- rubbish -----------------------------------------------------------------------------------------------------------
+
+
+def rubbish(vm: VM) -> Iterator[tuple[Path, str]]:
+    """Yield the files beside the images and in the records that are ours beyond doubt and of no use, with the evidence."""
+    known = {catalog_image.path for _, c in images_known.catalogs(vm.host) for catalog_image in c.images.values()}
+    for directory in sorted({image.path.parent for image in vm.catalog.images.values()}):
+        for path in sorted(directory.iterdir()):
+            if path.is_symlink() or not path.is_file() or path in known or locks.is_open(path):
+                continue
+            evidence = _useless(vm, path)
+            if evidence:
+                yield path, f"{evidence}, {size(files.allocated_bytes(path))}"
+    yield from _unfinished_saves(vm)
+
+
+def _useless(vm: VM, path: Path) -> str:
+    """Why a file that no catalog names may go; nothing where there is a doubt."""
+    if path.name.startswith(files.TEMPORARY):
+        return "a record that was not written to its end" if _is_old(path) else ""
+    away = path.name.startswith(".") and path.name.endswith(".trash")
+    name = path.name[1 : -len(".trash")] if away else path.name
+    if not _is_ours(vm, name):
+        return ""
+    if away:
+        return "a layer of this VM that was merged and put away; nothing stands on it" if _is_free(path, name) else ""
+    below = sharers.backing_identity(path)
+    stands = any(i.path.exists() and files.identity(i.path) == below for i in vm.catalog.images.values())
+    if stands and layers.is_empty(path) and not sharers.overlays_beside(path):
+        return "an overlay of ours on a layer of this VM, in no catalog, and no cluster of it holds data"
+    return ""
+
+
+def _is_ours(vm: VM, name: str) -> bool:
+    """Whether we gave a layer of this VM that name: the stem of one of its bases, one of its disks, an id that is gone."""
+    found = _OURS.fullmatch(name)
+    stems = {chain[-1].path.stem[:100] for chain in vm.catalog.active_chains().values()}
+    return bool(found and found["stem"] in stems and found["target"] in vm.catalog.targets
+                and found["id"] not in vm.catalog.images)  # fmt: skip
+
+
+def _is_free(path: Path, name: str) -> bool:
+    """Whether nothing in the directory stands on a file that was put away, by its old name or its new one."""
+    if path.with_name(name).exists():
+        return False
+    for other in path.parent.iterdir():
+        with contextlib.suppress(OSError, DiskchainError):
+            if (
+                other != path
+                and other.is_file()
+                and sharers.backing_name(other) in (name, str(path.with_name(name)), path.name)
+            ):
+                return False
+    return True
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > OLD
+
+
+def _unfinished_saves(vm: VM) -> Iterator[tuple[Path, str]]:
+    """Directories of snapshots that no catalog has, and that hold nothing but an unfinished save."""
+    place = vm.home.path / "snapshots"
+    for directory in sorted(place.iterdir()) if place.is_dir() else ():
+        if directory.name in vm.catalog.snapshots or not directory.is_dir():
+            continue
+        inside = list(directory.iterdir())
+        if all(p.name.endswith(".part") or p.name.startswith(files.TEMPORARY) for p in inside):
+            yield directory, f"no snapshot has it, and it holds {len(inside)} unfinished files"
+
+
+async def remove(vm: VM, image_id: str, path: Path) -> None:
+    """Remove a file, or the directory of an unfinished save, after a second look. Raise Refused when it is no rubbish now."""
+    if not os.path.lexists(path):
+        return
+    if path not in dict(rubbish(vm)):
+        raise Refused(f"{path} is not what it was a moment ago", hint=f"diskchain check {vm.name}")
+    if path.is_dir():
+        for entry in path.iterdir():
+            files.unlink_durably(entry)
+        path.rmdir()
+        files.fsync_dir(path.parent)
+    else:
+        files.unlink_durably(path)
