@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -57,6 +58,8 @@ class CreateCommand(click.Command):
 @click.option("--quiesce", is_flag=True, help="Let the guest agent freeze the file systems; refused without an agent.")
 @click.option("--register", is_flag=True, help="List it in virsh snapshot-list too, where virsh could destroy it.")
 @click.option("--max-pause", type=Duration(), metavar="TIME", help="Warn of a longer pause (default 500ms).")
+@click.option("--overlay-dir", type=click.Path(path_type=Path), metavar="DIR",
+              help="Make the new layers there, not beside the images.")  # fmt: skip
 @jobs_option
 @changing_options
 @common
@@ -70,6 +73,7 @@ def create(
     quiesce: bool,
     register: bool,
     max_pause: float | None,
+    overlay_dir: Path | None,
     jobs: int,
     wait: float | None,
     dry_run: bool,
@@ -88,7 +92,8 @@ def create(
     save = "never" if disk_only else memory or BY_CONFIG[settings.memory]
     pause = settings.max_pause if max_pause is None else max_pause
     label = "" if name is None else snapshot_name(name)
-    request = Request(label, description, save, pause, tuple(dict.fromkeys(skip)), quiesce, register)
+    request = Request(label, description, save, pause, tuple(dict.fromkeys(skip)), quiesce, register,
+                      overlay_dir and overlay_dir.absolute())  # fmt: skip
     work = _plan if dry_run else _create
     many.on_each(app, host, vm, lambda app, name: work(app, host, name, request), jobs=jobs)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,9 +27,9 @@ from diskchain.cli.options import (
     vms_argument,
     yes_option,
 )
-from diskchain.errors import Busy, DiskchainError, NotFound, UsageError, VMRunning
+from diskchain.errors import Busy, DiskchainError, NoSpace, NotFound, UsageError, VMRunning
 from diskchain.ops import delete as ops
-from diskchain.ops import delete_plan, look, methods, pending, power
+from diskchain.ops import delete_plan, delete_to, look, methods, pending, power
 from diskchain.ops.merge import Merged
 from diskchain.ops.vm import VM, Host
 
@@ -48,6 +50,8 @@ class Asked:
     restart: bool
     yes: bool
     dry_run: bool
+    to: Path | None = None
+    words: str = ""  # the names, as typed
 
 
 @click.command(epilog="Example: diskchain delete web1 before-upgrade")
@@ -60,6 +64,8 @@ class Asked:
 @click.option(
     "--copy", is_flag=True, help="Where several layers stand on one that goes: copy it into each of them now."
 )
+@click.option("--to", type=click.Path(path_type=Path), metavar="DIR",
+              help="Write what is merged into new files there, and switch to them: where there is no room.")  # fmt: skip
 @when_stopped_option
 @restart_option
 @yes_option
@@ -72,6 +78,7 @@ def delete(
     older_than: float | None,
     children: bool,
     copy: bool,
+    to: Path | None,
     when_stopped: bool,
     restart: bool,
     yes: bool,
@@ -82,14 +89,19 @@ def delete(
     """Delete snapshots. Their layers are merged; what the VM sees, and every other snapshot, stays as it is."""
     if bool(names) == (older_than is not None):
         raise UsageError("name the snapshots, or say --older-than", hint="diskchain delete --help")
-    if when_stopped and (restart or copy):
-        raise UsageError("--when-stopped only records; it goes with neither --restart nor --copy")
+    if when_stopped and (restart or copy or to):
+        raise UsageError("--when-stopped only records; it goes with none of --restart, --copy, --to")
+    if copy and to:
+        raise UsageError("--copy and --to contradict each other", hint="give one of them")
 
     def pick(catalog: Catalog) -> list[str]:
         found = _older(catalog, older_than) if older_than is not None else [catalog.find(n).id for n in names]
         return subtree(catalog, found) if children else list(dict.fromkeys(found))
 
-    _on_each(vm, Asked("delete", pick, copy, when_stopped, restart, yes, dry_run), jobs, wait)
+    words = " ".join(map(shlex.quote, names)) if names else f"--older-than {older_than:.0f}s"
+    words += " --children" if children else ""
+    asked = Asked("delete", pick, copy, when_stopped, restart, yes, dry_run, to and to.absolute(), words)
+    _on_each(vm, asked, jobs, wait)
 
 
 def _older(catalog: Catalog, seconds: float) -> list[str]:
@@ -141,8 +153,9 @@ async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
         await context.settle_before_plan(app, host, name, asked.word, dry_run=asked.dry_run)
     async with host.look(name) as vm:
         is_on = not (await vm.driver.state()).is_off
-        ids, later = asked.pick(vm.catalog), asked.when_stopped or (is_on and not asked.restart and not asked.copy)
-        deletions = methods.choose_all(vm.catalog, plan_all(vm.catalog, ids, data=not later, copy=asked.copy))
+        at_once = asked.restart or asked.copy or asked.to is not None
+        ids, later = asked.pick(vm.catalog), asked.when_stopped or (is_on and not at_once)
+        deletions = _chosen(vm, asked, plan_all(vm.catalog, ids, data=not later, copy=asked.copy))
         plan = _with_power(vm, _plan(vm, asked, deletions), deletions, is_on, asked.restart)
         if asked.dry_run:
             context.show_plan(app, plan)
@@ -150,7 +163,7 @@ async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
         if is_on and asked.restart:
             await vm.driver.refuse("restart")
         else:
-            await delete_plan.check(vm, deletions)
+            await _check(vm, asked, deletions)
     context.confirm(app, plan, f"{asked.word.capitalize()}?", yes=asked.yes, about=ids)
     async with host.change(name, asked.word) as vm:
         if asked.restart:
@@ -160,9 +173,32 @@ async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
         _tell(app, vm, ids, [s.name for d in deletions for s in (*d.snapshots, *d.waits, *d.later)], merged)
 
 
+def _chosen(vm: VM, asked: Asked, planned: Sequence[Deletion]) -> list[Deletion]:
+    """The deletions with their methods; what is written elsewhere has only one."""
+    if asked.to is None:
+        return methods.choose_all(vm.catalog, planned)
+    for deletion in planned:
+        delete_plan.verify(vm.catalog, deletion)
+    return list(planned)
+
+
 def _plan(vm: VM, asked: Asked, deletions: Sequence[Deletion]) -> Plan:
     title = f"{vm.name}: accept the present" if asked.word == "accept" else ""
-    return delete_plan.to_plan(vm, deletions, title=title)
+    plan = delete_plan.to_plan(vm, deletions, title=title)
+    if asked.to is None:
+        return plan
+    return delete_to.to_plan(vm, delete_to.items(vm.catalog, deletions, asked.to), plan)
+
+
+async def _check(vm: VM, asked: Asked, deletions: Sequence[Deletion]) -> None:
+    """Raise what stands in the way; NoSpace with every way out that would fit."""
+    if asked.to is not None:
+        await delete_to.check(vm, deletions, delete_to.items(vm.catalog, deletions, asked.to))
+        return
+    try:
+        await delete_plan.check(vm, deletions)
+    except NoSpace as error:
+        raise delete_to.ways_out(vm, error, deletions, asked.words) from error
 
 
 def _with_power(vm: VM, plan: Plan, deletions: Sequence[Deletion], is_on: bool, restart: bool) -> Plan:
@@ -193,9 +229,13 @@ async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[
         raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")
     merged: list[Merged] = []
     for planned in plan_all(vm.catalog, ids, data=data, copy=asked.copy):
-        (deletion,) = methods.choose_all(vm.catalog, [planned])
-        await delete_plan.check(vm, [deletion])
-        merged += await ops.delete(vm, deletion, context.progress(app))
+        (deletion,) = _chosen(vm, asked, [planned])
+        await _check(vm, asked, [deletion])
+        if asked.to is None:
+            merged += await ops.delete(vm, deletion, context.progress(app))
+        else:
+            found = delete_to.items(vm.catalog, [deletion], asked.to)
+            merged += await delete_to.delete_to(vm, deletion, found, context.progress(app))
     return merged
 
 

@@ -57,12 +57,23 @@ def _flock_within(fd: int, path: Path, wait: float) -> None:
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _require_there(fd, path)
             return
         except BlockingIOError:
             if time.monotonic() >= end:
                 raise Busy(f"another operation is at work on this VM: {holder(path)}",
                            hint="wait for it, or use --wait 10m") from None  # fmt: skip
             time.sleep(0.05)
+
+
+def _require_there(fd: int, path: Path) -> None:
+    """The records may have gone while we waited (move, forget): then this lock locks nothing. Raise Busy."""
+    try:
+        there = path.stat().st_ino == os.fstat(fd).st_ino
+    except OSError:
+        there = False
+    if not there:
+        raise Busy("the records of this VM were moved or removed meanwhile", hint="look again, then try again")
 
 
 def holder(path: Path) -> str:

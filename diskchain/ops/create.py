@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Memory, MiB, Snapshot, snapshot_name
@@ -37,7 +38,7 @@ from diskchain.errors import (
 from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.host.process import uninterrupted
-from diskchain.ops import create_pause, flat_pause, layers, register, save_memory, state_files
+from diskchain.ops import create_pause, flat_pause, layers, register, room, save_memory, state_files
 from diskchain.ops.create_rest import align, note_frozen, resolve_prepared, undo, wait_for_stray_save
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.quiesce import Freeze, noted, refuse_without_agent
@@ -59,6 +60,7 @@ class Request:
     skip: tuple[str, ...] = ()  # targets that the snapshot does not cover; it has no memory then
     quiesce: bool = False
     register: bool = False  # libvirt is to list it too
+    overlay_dir: Path | None = None  # where the new layers are made; else beside what they stand on
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     quiesce = request.quiesce and not state.is_off
     if quiesce:
         await refuse_without_agent(vm, state)
-    overlays = layers.plan_overlays(vm.catalog, covered)
+    if request.overlay_dir is not None and not request.overlay_dir.is_dir():
+        raise NotFound(f"{request.overlay_dir} is no directory", hint="make it; QEMU's user must be able to search it")
+    overlays = layers.plan_overlays(vm.catalog, covered, request.overlay_dir and request.overlay_dir.resolve())
     save = "never" if request.skip else await _decide_memory(vm, request.memory, state)
     definition = await vm.driver.live_definition()
     state_files.check_can_capture(vm, definition, state, save)
@@ -244,7 +248,8 @@ def _check_space(vm: VM, overlays: Mapping[str, Image], save: str) -> None:
             need += save_memory.space_for(vm.driver.memory_bytes())
         if files.free_bytes(directory) < need:
             raise NoSpace(f"{size(need)} are needed on {directory}, {size(files.free_bytes(directory))} are free",
-                          hint="free space" + ("" if save == "never" else ", or use --disk-only"))  # fmt: skip
+                          hint="free space" + ("" if save == "never" else ", or use --disk-only")
+                          + room.ways(vm, need, f"diskchain create {vm.name} --overlay-dir"))  # fmt: skip
 
 
 def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMState, save: str, quiesce: bool,

@@ -35,8 +35,8 @@ from diskchain.store.journal import Entry
 GUARD_WAIT = 10.0  # seconds that an orphaned engine has to go away
 
 
-async def delete(vm: VM, deletion: Deletion, progress: Progress = QUIET) -> list[Merged]:
-    """Carry out a deletion (see delete_plan.check). The VM's lock is held, its journal is empty.
+async def delete(vm: VM, deletion: Deletion, progress: Progress = QUIET, *, name: str = "") -> list[Merged]:
+    """Carry out a deletion (see delete_plan.check). The VM's lock is held, its journal is empty. `name`: for messages.
 
     Raise Unfinished when a merge stopped half-way: nothing is lost, `recover` goes on.
     """
@@ -45,9 +45,10 @@ async def delete(vm: VM, deletion: Deletion, progress: Progress = QUIET) -> list
         catalog = catalog.with_snapshot(replace(catalog.snapshots[snapshot.id], deleted=True))
     if deletion.later:
         vm.save(catalog)
-    if not (deletion.snapshots or deletion.waits):
+    if not (deletion.snapshots or deletion.waits or deletion.moves_data):
         return []
-    entry = journal.begin(vm.home, "delete", new_id(), now_utc(), _journal_data(deletion))
+    data = journal_data(deletion)
+    entry = journal.begin(vm.home, "delete", new_id(), now_utc(), {**data, "name": name or data["name"]})
     try:
         return await carry_out(vm, entry, progress)
     except (Busy, VMRunning) as error:  # somebody came between the check and the guard
@@ -55,7 +56,8 @@ async def delete(vm: VM, deletion: Deletion, progress: Progress = QUIET) -> list
                          hint=f"end that, then: diskchain recover {vm.name}") from error  # fmt: skip
 
 
-def _journal_data(deletion: Deletion) -> dict[str, Any]:
+def journal_data(deletion: Deletion) -> dict[str, Any]:
+    """Return what a journal entry keeps of a deletion."""
     all_of_them = (*deletion.snapshots, *deletion.waits)
     return {
         "snapshots": [s.id for s in deletion.snapshots],
@@ -146,11 +148,11 @@ def _tombstone(vm: VM, entry: Entry) -> None:
     """
     catalog = vm.catalog
     ids = [i for i in (*_snapshot_ids(entry), *entry.data.get("waits", [])) if i in catalog.snapshots]
-    if not ids:
+    written = [o for pull in of_entry(catalog, entry).pulls for o in pull.overlays]
+    if not (ids or written):
         return  # we died after the catalog of afterwards was written
     for snapshot_id in ids:
         catalog = catalog.with_snapshot(replace(catalog.snapshots[snapshot_id], deleted=True, memory=Memory()))
-    written = [o for pull in of_entry(catalog, entry).pulls for o in pull.overlays]
     vm.save(catalog.with_images(replace(o, fingerprint=None) for o in written))
     for snapshot_id in ids:
         files.unlink_durably(vm.home.memory(snapshot_id))

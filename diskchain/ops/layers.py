@@ -113,8 +113,8 @@ def _virtual_size(image: Image) -> int:
     return approve_chain(image.path, image.fmt)[0].virtual_size
 
 
-def plan_overlays(catalog: Catalog, on: Mapping[str, str]) -> dict[str, Image]:
-    """Given for each target the image to stand on, return the new overlays (not made yet), beside their base.
+def plan_overlays(catalog: Catalog, on: Mapping[str, str], directory: Path | None = None) -> dict[str, Image]:
+    """Given for each target the image to stand on, return the new overlays (not made yet), beside it or in `directory`.
 
     Named `<stem of the chain's base>.<target>.<id>.qcow2`: names do not grow with the chain.
     """
@@ -122,7 +122,7 @@ def plan_overlays(catalog: Catalog, on: Mapping[str, str]) -> dict[str, Image]:
     for target, below_id in on.items():
         below, base = catalog.images[below_id], catalog.chain(below_id)[-1]
         image_id = new_id()
-        path = below.path.parent / f"{base.path.stem[:100]}.{target}.{image_id}.qcow2"
+        path = (directory or below.path.parent) / f"{base.path.stem[:100]}.{target}.{image_id}.qcow2"
         if os.path.lexists(path):  # before the journal knows the name: its undo unlinks what it knows
             raise Refused(f"{path} exists already", hint="move it away, then try again")
         size = approve_chain(below.path, below.fmt)[0].virtual_size

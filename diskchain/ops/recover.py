@@ -15,8 +15,10 @@ from diskchain.ops import (
     create,
     create_rest,
     delete,
+    elsewhere,
     flat_pause,
     layers,
+    move,
     quiesce,
     repair,
     revert,
@@ -51,7 +53,8 @@ async def recover(vm: VM, progress: Progress = QUIET, *, undo: bool = False,
     if entry is None:
         return None
     state, name = entry.state, str(entry.data.get("name", entry.id))
-    handlers = {"create": _create, "revert": _revert, "delete": _delete, "repair": _repair}
+    handlers = {"create": _create, "revert": _revert, "delete": _delete, "repair": _repair, "move": _move,
+                "delete-to": _elsewhere, "detach-to": _elsewhere}  # fmt: skip
     if entry.op not in handlers:
         raise RecordDamaged(f"the journal of {vm.name} holds an operation {entry.op!r} of a newer diskchain")
     outcome, note = await handlers[entry.op](vm, entry, progress, undo, finish)
@@ -145,6 +148,14 @@ async def _delete(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
 
 async def _repair(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: bool) -> tuple[str, str]:
     return await repair.resume(vm, entry)
+
+
+async def _move(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: bool) -> tuple[str, str]:
+    return await move.resume(vm, entry)
+
+
+async def _elsewhere(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: bool) -> tuple[str, str]:
+    return await elsewhere.resume(vm, entry)
 
 
 async def before_start(vm: VM, progress: Progress) -> Recovered | None:

@@ -1,0 +1,81 @@
+"""detach and move: where the layers of a VM lie, and whose they are."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from diskchain.cli import context, many, render
+from diskchain.cli.app import App, common
+from diskchain.cli.options import changing_options, jobs_option, vms_argument
+from diskchain.ops import detach as ops_detach
+from diskchain.ops import move as ops_move
+from diskchain.ops.vm import Host
+
+_DIR = click.Path(path_type=Path)
+
+
+@click.command(epilog="Example: diskchain detach web1")
+@vms_argument
+@click.option(
+    "--to", type=_DIR, metavar="DIR", help="Write a copy of the base there, and let the layers stand on that."
+)
+@jobs_option
+@changing_options
+@common
+def detach(vm: str, to: Path | None, jobs: int, wait: float | None, dry_run: bool) -> None:
+    """Let a stopped VM no longer depend on a base that others use: what it needs of it is copied into its own layers."""
+    app = context.current()
+    host = context.open_host(app, wait)
+    directory = to and to.absolute()
+    many.on_each(app, host, vm, lambda app, name: _detach(app, host, name, directory, dry_run), jobs=jobs)
+
+
+async def _detach(app: App, host: Host, name: str, directory: Path | None, dry_run: bool) -> None:
+    if dry_run:
+        async with host.look(name) as vm:
+            context.show_plan(app, ops_detach.to_plan(vm, ops_detach.plan(vm, directory)))
+        return
+    async with context.changing(app, host, name, "detach", adopt=True) as vm:
+        found = ops_detach.plan(vm, directory)
+        await ops_detach.check(vm, found)
+        merged = await ops_detach.detach(vm, found, context.progress(app))
+        gone = [str(image.path) for image in found.let_go]
+        lines = [f"{vm.name} does not stand on {', '.join(gone)} any more", *map(render.merged_line, merged)]
+        body = {"vm": vm.name, "let_go": gone, "merged": [asdict(m) for m in merged]}
+        context.answer(app, body, lines)
+
+
+@click.command(epilog="Example: diskchain move web1 --to /srv/big/web1")
+@vms_argument
+@click.option("--to", required=True, type=_DIR, metavar="DIR", help="A directory; on any filesystem.")
+@jobs_option
+@changing_options
+@common
+def move(vm: str, to: Path, jobs: int, wait: float | None, dry_run: bool) -> None:
+    """Move all layers of a stopped VM, with its records and saved memory, to another directory."""
+    app = context.current()
+    host = context.open_host(app, wait)
+    directory = to.absolute()
+    many.on_each(app, host, vm, lambda app, name: _move(app, host, name, directory, dry_run), jobs=jobs)
+
+
+async def _move(app: App, host: Host, name: str, directory: Path, dry_run: bool) -> None:
+    if dry_run:
+        async with host.look(name) as vm:
+            context.show_plan(app, ops_move.to_plan(vm, ops_move.plan_move(vm, directory)))
+        return
+    async with context.changing(app, host, name, "move", adopt=True) as vm:
+        found = ops_move.plan_move(vm, directory)
+        await ops_move.check(vm, found)
+        plan = ops_move.to_plan(vm, found)
+        before = {item.id: vm.catalog.images[item.id].path for item in found.items}
+        await ops_move.move(vm, found, context.progress(app))
+        for warning in plan.warnings:
+            context.progress(app).warn(warning)
+        moved = [{"from": str(before[i.id]), "to": str(i.path)} for i in found.items]
+        body = {"vm": vm.name, "home": str(vm.home.path), "moved": moved, "stays": [str(i.path) for i in found.stays]}
+        lines = [f"{vm.name} lies in {found.directory} now: {len(moved)} layers", *(f"  {m['to']}" for m in moved)]
+        context.answer(app, body, lines)

@@ -1,0 +1,127 @@
+"""detach: a VM that stands on images which are not its own gets what it needs of them, and lets go of them.
+
+Which those are: at the bottom of a chain the images that diskchain did not make and that no snapshot of the VM froze; and a
+layer that a snapshot froze, where others use it too or it is sealed. The first are copied up into the overlays on them; the
+others, and with --to all of them, into one new file in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diskchain.chain.deletion import Deletion, Pull
+from diskchain.chain.model import Catalog, Image
+from diskchain.chain.plan import Plan
+from diskchain.chain.text import size
+from diskchain.errors import HasSharers, NotFound
+from diskchain.ops import delete, delete_plan, elsewhere, merge, sharers
+from diskchain.ops.elsewhere import Item
+from diskchain.ops.merge import Merged
+from diskchain.ops.progress import Progress
+from diskchain.ops.vm import VM, new_id, now_utc
+from diskchain.store import journal
+
+
+@dataclass(frozen=True)
+class Detach:
+    """What is to be done: copied up in place, or written into new files; `let_go`: the images that are not needed after it."""
+
+    pulls: tuple[Pull, ...]
+    items: tuple[Item, ...]
+    let_go: tuple[Image, ...]
+
+
+def plan(vm: VM, directory: Path | None) -> Detach:
+    """Return what a detach does. Raise NotFound when the VM stands on nothing but its own."""
+    catalog = vm.catalog
+    bases = [image for image in catalog.images.values() if is_base(vm, image)]
+    tops = [image for image in bases if _is_top(catalog, image, bases)]
+    if not tops:
+        raise NotFound(f"{vm.name} stands on no image but its own", hint=f"diskchain check {vm.name}")
+    copied = [top for top in tops if directory is not None or catalog.frozen_by(top.id)]
+    pulls = [_pull(catalog, top) for top in tops if top not in copied]
+    items = [_item(catalog, top, directory) for top in copied]
+    return Detach(tuple(pulls), tuple(items), tuple(bases))
+
+
+def is_base(vm: VM, image: Image) -> bool:
+    """Whether an image of the catalog is somebody else's, too: not one that this VM alone may change."""
+    catalog = vm.catalog
+    if image.ours or image.id in catalog.active.values():
+        return False
+    chain = catalog.chain(image.id)
+    if not any(i.ours or catalog.frozen_by(i.id) for i in chain):
+        return True
+    if any(i.ours for i in chain):
+        return False
+    try:
+        sharers.refuse_overlays(vm, image, catalog.images.values())
+    except HasSharers:
+        return True
+    return False
+
+
+def _is_top(catalog: Catalog, image: Image, bases: Sequence[Image]) -> bool:
+    """Whether something that stays stands on it: an overlay that is no base, or a snapshot that froze it."""
+    ids = {base.id for base in bases}
+    return bool(catalog.frozen_by(image.id)) or any(o.id not in ids for o in catalog.overlays_on(image.id))
+
+
+def _pull(catalog: Catalog, top: Image) -> Pull:
+    return Pull(top.target, tuple(catalog.chain(top.id)), tuple(catalog.overlays_on(top.id)), None)
+
+
+def _item(catalog: Catalog, top: Image, directory: Path | None) -> Item:
+    """One file that shows all that the base shows."""
+    above = catalog.overlays_on(top.id)
+    place = directory or (above[0] if above else top).path.parent
+    name = f"{top.path.stem[:100]}.{top.target}.{new_id()}.qcow2"
+    return Item(top.id, place / name, (top.id,), None)
+
+
+async def check(vm: VM, found: Detach) -> None:
+    """Raise what stands in the way, as a delete and a write elsewhere do."""
+    if found.pulls:
+        await delete_plan.check(vm, [_deletion(found.pulls)])
+    if found.items:
+        await elsewhere.check(vm, found.items, flat=True)
+
+
+def to_plan(vm: VM, found: Detach) -> Plan:
+    """Return the plan in words and figures."""
+    images, steps, count = vm.catalog.images, [], 0
+    for pull in found.pulls:
+        for overlay in pull.overlays:
+            more = merge.pulled(pull, overlay)
+            count += more
+            steps.append(f"{pull.target}: copy up to {size(more)} of {pull.gone[0].path} up into {overlay.path.name}")
+    for item in found.items:
+        more = elsewhere.need(vm.catalog, [item], flat=True)
+        count += more
+        steps.append(f"{images[item.id].target}: copy what {images[item.id].path} shows into {item.path}; everything "
+                     "that stands on it is linked to that")  # fmt: skip
+    steps += [f"{image.target}: let go of {image.path}; the file stays" for image in found.let_go]
+    return Plan(f"{vm.name}: detach", tuple(steps), bytes=count, space_needed=count)
+
+
+def _deletion(pulls: Iterable[Pull]) -> Deletion:
+    return Deletion((), (), tuple(pulls))
+
+
+async def detach(vm: VM, found: Detach, progress: Progress) -> list[Merged]:
+    """Carry it out: first the new files, then what is copied up. The lock is held, the journal is empty. Raise as `check`."""
+    merged: list[Merged] = []
+    if found.items:
+        images = [vm.catalog.images[item.id] for item in found.items]
+        bases = {image.id for image in found.let_go}
+        dropped = [
+            i.id for image in images for i in vm.catalog.chain(image.id)[1:] if i.id in bases and i not in images
+        ]
+        data = {**elsewhere.journal_data(vm, found.items, []), "name": vm.name, "dropped": dropped}
+        entry = journal.begin(vm.home, "detach-to", new_id(), now_utc(), data)
+        merged += await elsewhere.carry_out(vm, entry, progress)
+    if found.pulls:
+        merged += await delete.delete(vm, _deletion(found.pulls), progress, name=f"detach {vm.name}")
+    return merged

@@ -1,0 +1,347 @@
+"""Layers that are written anew in another directory, then switched to: delete --to, detach --to, and the layers of move.
+
+-         VM off; layers verified; nobody else writes; space there                    nothing changed
+intent    new files are made, filled, synced, compared with what they replace         undo: they are unlinked
+switch    a domain's definition names them (where its active layer is one of them);   definition of before = undo
+          overlays are relinked, the catalog is written                               else forward
+switched  what they replace goes to the trash, if it was ours                         redo
+done      journal removed
+
+What a new file shows is what it replaces shows, and that is unlinked last: an overlay may name the one or the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diskchain.chain.deletion import after as deletion_after
+from diskchain.chain.model import Catalog, Image, MiB
+from diskchain.chain.text import size
+from diskchain.errors import ChainDamaged, NoSpace, Refused, UnsupportedDisk, VMRunning
+from diskchain.host import copy, files, locks, qemu_img, qemu_img_copy
+from diskchain.host.fault import point
+from diskchain.host.locks import ImageGuard
+from diskchain.ops import delete, layers, redefine
+from diskchain.ops.approve import approve_chain
+from diskchain.ops.merge import Merged
+from diskchain.ops.progress import Progress
+from diskchain.ops.vm import VM, remove_snapshot_dir
+from diskchain.store.journal import Entry
+
+GUARD_WAIT = 10.0  # seconds
+METADATA = 4 * MiB  # tables of a new image
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of the catalog that lies in a new file afterwards.
+
+    `layers`: the images of which it takes what they hold, lowest first; `exact`: the file as it is, byte for byte.
+    """
+
+    id: str
+    path: Path
+    layers: tuple[str, ...]
+    backing: str | None
+    exact: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that the journal keeps."""
+        return {"id": self.id, "path": str(self.path), "layers": list(self.layers), "backing": self.backing,
+                "exact": self.exact}  # fmt: skip
+
+
+def items_of(entry: Entry) -> list[Item]:
+    """Return the items of a journal entry."""
+    return [Item(i["id"], Path(i["path"]), tuple(i["layers"]), i["backing"], i["exact"]) for i in entry.data["items"]]
+
+
+# -- before ------------------------------------------------------------------------------------------------------------
+
+
+async def check(vm: VM, items: Sequence[Item], more: int = 0, *, flat: bool = False) -> None:
+    """Raise what stands in the way: VMRunning, ChainDamaged, Busy, UnsupportedDisk, Refused for a name that is taken, NoSpace.
+
+    `more`: bytes that are needed there besides; `flat`: as in `need`.
+    """
+    if not (await vm.driver.state()).is_off:
+        raise VMRunning(
+            f"{vm.name} is on; its layers can't be replaced", hint=f"diskchain stop {vm.name}, then try again"
+        )
+    await vm.driver.refuse("merge")
+    await vm.verify_definition()
+    for item in items:
+        for image_id in item.layers:
+            await asyncio.to_thread(layers.verify_chain, vm.catalog, image_id)
+        if not item.exact:
+            _refuse_other_sizes(vm.catalog, item)
+        if os.path.lexists(item.path):
+            raise Refused(f"{item.path} exists already", hint="move it away, or choose another directory")
+    layers.refuse_foreign_writers(vm.catalog)
+    needed = need(vm.catalog, items, flat=flat) + more
+    free = files.free_bytes(items[0].path.parent) if items else 0
+    if items and needed > free:
+        raise NoSpace(f"{size(needed)} are needed in {items[0].path.parent}, {size(free)} are free",
+                      hint=f"another directory, or free {size(needed - free)} there")  # fmt: skip
+
+
+def need(catalog: Catalog, items: Sequence[Item], *, flat: bool = False) -> int:
+    """Return how many bytes the new files take at most; `flat`: with all that their layers stand on."""
+    read = [
+        image for item in items for i in item.layers for image in (catalog.chain(i) if flat else [catalog.images[i]])
+    ]
+    return sum(files.allocated_bytes(image.path) for image in read) + METADATA * len(items)
+
+
+def _refuse_other_sizes(catalog: Catalog, item: Item) -> None:
+    sizes = {approve_chain(catalog.images[i].path, catalog.images[i].fmt)[0].virtual_size for i in item.layers}
+    if len(sizes) > 1:
+        raise UnsupportedDisk(f"{catalog.images[item.id].target} was resized; its layers can't be written together elsewhere",
+                              hint="without --to they are merged where they are")  # fmt: skip
+
+
+# -- the work ----------------------------------------------------------------------------------------------------------
+
+
+async def carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
+    """From `intent` to the end. Raise what failed; until the switch everything is put back then."""
+    items, began = items_of(entry), time.monotonic()
+    tops = {item.id: vm.catalog.images[item.layers[-1]].path for item in items}
+    count = need(vm.catalog, items) - METADATA * len(items)
+    with contextlib.ExitStack() as stack:
+        try:
+            guard = stack.enter_context(guarded(vm, items))
+            await make_all(vm, items, guard, progress)
+            await require_off(vm)
+        except BaseException:
+            undo(vm, entry)
+            raise
+        entry.advance("switch")
+        await forward(vm, entry, guard)
+    seconds = round(time.monotonic() - began, 3)
+    return [
+        Merged(vm.catalog.images[i.id].target, str(tops[i.id]), str(i.path), count, seconds, "convert") for i in items
+    ]
+
+
+async def require_off(vm: VM) -> None:
+    """Look again: a QEMU that takes no locks was not held off by the guard. Raise VMRunning."""
+    if not (await vm.driver.state()).is_off:
+        raise VMRunning(f"{vm.name} was started a moment ago", hint=f"diskchain stop {vm.name}")
+
+
+@contextlib.contextmanager
+def guarded(vm: VM, items: Sequence[Item]) -> Iterator[ImageGuard]:
+    """Nobody writes to what is copied; nobody at all opens the active layers, and what is going to name the new files."""
+    catalog, read = vm.catalog, {i for item in items for i in item.layers}
+    ours = [*catalog.active.values(), *(o.id for i in read for o in catalog.overlays_on(i) if o.id not in read)]
+    alone = list(dict.fromkeys(catalog.images[i].path for i in ours))
+    below = dict.fromkeys(image.path for i in read for image in catalog.chain(i))
+    readers = [path for path in below if path not in alone]
+    with locks.guard_images(alone, wait=GUARD_WAIT, users=locks.open_by, readers=readers) as guard:
+        yield guard
+
+
+async def make_all(vm: VM, items: Sequence[Item], guard: ImageGuard, progress: Progress) -> None:
+    """Make every new file, whole and on its disk, and compare it with what it replaces."""
+    for item in items:
+        if item.exact:
+            await _copy(vm.catalog, item, items, progress)
+        else:
+            await _write(vm.catalog, item, guard, progress)
+        point("elsewhere.made-one")
+    for directory in {item.path.parent for item in items}:
+        files.fsync_dir(directory)
+    await vm.driver.check_files([item.path for item in items], written=True)
+
+
+async def _copy(catalog: Catalog, item: Item, items: Sequence[Item], progress: Progress) -> None:
+    """The file as it is; then it names what it stands on where that is afterwards."""
+    image = catalog.images[item.id]
+    source, target = files.open_untrusted(image.path), files.create_exclusive(item.path)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.update(done)
+
+    progress.begin(f"copying {image.path.name}", files.allocated_bytes(image.path), note="safe to interrupt")
+    try:
+        point("elsewhere.created")
+        await copy.copy(source, target, item.path, on_bytes)
+        await copy.compare(source, target, item.path)
+        files.copy_owner(image.path, item.path)
+        os.fchmod(target, stat.S_IMODE(os.fstat(target).st_mode) | stat.S_IRUSR | stat.S_IWUSR)
+        os.utime(target, ns=(os.fstat(source).st_atime_ns, os.fstat(source).st_mtime_ns))
+        os.fsync(target)
+    finally:
+        progress.end()
+        os.close(source)
+        os.close(target)
+    await _name_backing(catalog, item, items)
+
+
+async def _name_backing(catalog: Catalog, item: Item, items: Sequence[Item]) -> None:
+    if item.backing is None:
+        return
+    places = {other.id: other.path for other in items}
+    below = replace(catalog.images[item.backing], path=places.get(item.backing, catalog.images[item.backing].path))
+    name = qemu_img.backing_name_for(item.path, below.path)
+    await qemu_img.rebase(item.path, name, below.fmt)
+    files.fsync_file(item.path)
+    layers.verify_reference(replace(catalog.images[item.id], path=item.path), below)
+
+
+async def _write(catalog: Catalog, item: Item, guard: ImageGuard, progress: Progress) -> None:
+    """A new qcow2 image that takes what the layers hold, one after the other."""
+    top = catalog.images[item.layers[-1]]
+    below = catalog.images[item.backing] if item.backing else None
+    fd = files.create_exclusive(item.path)
+    try:
+        point("elsewhere.created")
+        virtual_size = approve_chain(top.path, top.fmt)[0].virtual_size
+        if below is None:
+            await qemu_img_copy.create_alone(fd, virtual_size)
+        else:
+            await qemu_img.create(fd, qemu_img.backing_name_for(item.path, below.path), below.fmt, virtual_size)
+        files.copy_owner(top.path, item.path)
+        os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IRUSR | stat.S_IWUSR)
+        await _fill(catalog, item, guard, progress)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    into = qemu_img.unlocked(item.path, "qcow2", _node(catalog, item.backing))
+    found = await qemu_img.check(into)
+    if not found.clean:
+        raise ChainDamaged(f"{item.path} is not clean ({found.corruptions} errors, {found.leaks} leaks)")
+    await qemu_img.compare(_node(catalog, item.layers[-1]) or {}, into, direct=False)
+    point("elsewhere.compared")
+
+
+async def _fill(catalog: Catalog, item: Item, guard: ImageGuard, progress: Progress) -> None:
+    into = qemu_img.unlocked(item.path, "qcow2", _node(catalog, item.backing))
+    for image_id in item.layers:
+        image = catalog.images[image_id]
+        count = files.allocated_bytes(image.path)
+        progress.begin(f"writing {item.path.name}", count, note="safe to interrupt")
+        alone = image.backing is None or (item.backing is None and len(item.layers) == 1)
+        try:
+            await qemu_img_copy.add(_node(catalog, image_id) or {}, into, own_layer=not alone, guard=guard.fds,
+                                    on_percent=lambda p, n=count: progress.update(int(n * p / 100)))  # fmt: skip
+        finally:
+            progress.end()
+        point("elsewhere.filled-one")
+
+
+def _node(catalog: Catalog, image_id: str | None) -> dict[str, Any] | None:
+    """An image on what it stands on, as nodes; we hold the locks."""
+    node: dict[str, Any] | None = None
+    for image in reversed(catalog.chain(image_id)) if image_id else ():
+        node = {**qemu_img.unlocked(image.path, image.fmt, node), "read-only": True}
+    return node
+
+
+# -- the switch --------------------------------------------------------------------------------------------------------
+
+
+def after(vm: VM, entry: Entry) -> Catalog:
+    """Return the catalog of afterwards, fingerprints of what is frozen included. Can be asked for again."""
+    catalog, items = vm.catalog, [i for i in items_of(entry) if i.id in vm.catalog.images]
+    if entry.op == "delete-to":
+        catalog = deletion_after(catalog, delete.of_entry(catalog, entry))
+    catalog = catalog.without_images(entry.data.get("dropped", []))
+    for item in items:
+        image = catalog.images[item.id]
+        fmt = image.fmt if item.exact else "qcow2"
+        catalog = catalog.with_images([replace(image, path=item.path, fmt=fmt, backing=item.backing, ours=True)])
+    return catalog
+
+
+async def forward(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None:
+    """From `switch` to the end. Can be repeated. Without a guard (recovery) one is taken for what is relinked."""
+    if entry.state == "switch":
+        catalog, new = after(vm, entry), {item.id for item in items_of(entry)}
+        was = [Path(path) for path in entry.data["was"]]
+        if vm.registered is None:
+            await vm.driver.align(catalog.active_chains(), was)
+        point("elsewhere.defined")
+        relinked = [i for i in catalog.images.values() if i.backing in new and i.id not in new]
+        held = contextlib.nullcontext(guard) if guard else locks.guard_images(
+            [i.path for i in relinked], wait=GUARD_WAIT, users=locks.open_by)  # fmt: skip
+        with held:
+            for overlay in relinked:
+                await _relink(overlay, catalog.images[overlay.backing or ""])
+                point("elsewhere.relinked-one")
+        changed = (new | {i.id for i in relinked}) & set(catalog.images)
+        active = set(catalog.active.values())
+        catalog = layers.freeze(catalog, changed - active)
+        vm.save(catalog.with_images(replace(catalog.images[i], fingerprint=None) for i in changed & active))
+        await redefine.follow(vm, {Path(p): vm.catalog.images[i] for p, i in entry.data["named"].items()
+                                   if i in vm.catalog.images})  # fmt: skip
+        entry.advance("switched")
+    old = [Path(path) for path in entry.data["old"]]
+    layers.to_trash(old)
+    point("elsewhere.trashed")
+    await layers.empty_trash(old)
+    for snapshot_id in (*entry.data.get("snapshots", []), *entry.data.get("waits", [])):
+        remove_snapshot_dir(vm, snapshot_id)
+    entry.close()
+    vm.home.fill_reserve()
+
+
+async def _relink(overlay: Image, below: Image) -> None:
+    if not layers.names_backing(overlay.path, below):
+        name = qemu_img.backing_name_for(overlay.path, below.path)
+        await qemu_img.rebase_node(qemu_img.unlocked(overlay.path, overlay.fmt), name, below.fmt)
+        files.fsync_file(overlay.path)
+    layers.verify_reference(overlay, below)
+
+
+# -- back --------------------------------------------------------------------------------------------------------------
+
+
+def undo(vm: VM, entry: Entry) -> None:
+    """Unlink the new files, which nothing names. Can be repeated."""
+    for item in items_of(entry):
+        files.unlink_durably(item.path)
+        point("elsewhere.unmade-one")
+    entry.close()
+
+
+async def is_switched(vm: VM, entry: Entry) -> bool:
+    """Whether an entry in `switch` can only go forward: unless a domain's definition has to name a new file and does not."""
+    new = {item.id: item.path for item in items_of(entry)}
+    named = await vm.driver.next_files() or {}
+    catalog = after(vm, entry)
+    waited = [t for t, i in catalog.active.items() if i in new and t in named and not files.same_file(named[t], new[i])]
+    return not waited
+
+
+async def resume(vm: VM, entry: Entry) -> tuple[str, str]:
+    """Recovery, from whatever state: forward after the switch, else back."""
+    if entry.state == "intent" or (entry.state == "switch" and not await is_switched(vm, entry)):
+        undo(vm, entry)
+        return "undone", "the layers are where they were"
+    await forward(vm, entry)
+    return "finished", "the new files are in use"
+
+
+def journal_data(vm: VM, items: Sequence[Item], old: Sequence[Image]) -> dict[str, Any]:
+    """Return what an entry needs. `old`: the images that nothing needs afterwards; those that are ours are removed."""
+    images = vm.catalog.images
+    return {
+        "items": [item.to_json() for item in items],
+        "was": [str(images[i].path) for item in items for i in item.layers],
+        "named": {str(images[i].path): item.id for item in items for i in item.layers},
+        "old": [str(image.path) for image in old if image.ours],
+    }

@@ -1,0 +1,129 @@
+"""SIGKILL at every named step of what writes layers into another directory, each followed by `recover` alone.
+
+The VM is off; what its guest would have written was written with qemu-io, so every state's content is known.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.refusals import grow_tree
+from tests.support.rig import MiB
+from tests.support.roaming import Roaming
+from tests.support.sample import some
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command; snapshots that are gone when it was done; files that it lets go of."""
+
+    args: tuple[str, ...]
+    at_least: int
+    gone: tuple[str, ...] = ()
+    let_go: tuple[str, ...] = ()
+
+
+THERE = "THERE"
+# s1 - s2 - before-revert-1
+#    - s3 - (now)
+CASES = {
+    "move": Case(("move", "vm", "--to", THERE), 30, let_go=("vda.qcow2", "vdb.raw")),
+    "detach": Case(("detach", "vm"), 10, let_go=("base/template.qcow2",)),
+    "detach-to": Case(("detach", "vm", "--to", THERE), 12, let_go=("base/template.qcow2",)),
+    "delete-to": Case(("delete", "vm", "s3", "--to", THERE, "-y"), 16, gone=("s3",)),
+    "delete-to-relinks": Case(
+        ("delete", "vm", "s1", "s2", "before-revert-1", "--to", THERE, "-y"), 18,
+        gone=("s1", "s2", "before-revert-1"), let_go=("vda.qcow2", "vdb.raw"),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Roaming, Path]]:
+    """The usual tree, vda on a template; and a copy of it all."""
+    rig = Roaming(tmp_path_factory.mktemp("places") / "vm", size=8 * MiB)
+    grow_tree(rig)
+    template = rig.save_template()
+    yield rig, template
+    rig.destroy()
+    shutil.rmtree(template)
+
+
+def words(rig: Roaming, case: Case) -> list[str]:
+    """What is typed."""
+    return [str(rig.dir / "there") if word == THERE else word for word in case.args]
+
+
+def judge(rig: Roaming, case: Case) -> list[str]:
+    """What is wrong now: contents of every state, files, and whether the command is wholly done or wholly undone."""
+    wrong = [w for w in rig.verdict(present="now") if w not in {f"orphan {name}" for name in case.let_go}]
+    names = set(rig.snapshots())
+    if len({n in names for n in case.gone}) > 1:
+        wrong.append(f"half done: {sorted(names)}")
+    return wrong
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.timeout(400)
+def test_kill_at_every_step_then_recover_leaves_every_state_whole(
+    tree: tuple[Roaming, Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then the command, again where it was undone, ends well; check finds no error; a new snapshot can be taken."""
+    rig, template = tree
+    case, wrong = CASES[name], []
+    rig.restore_template(template)
+    args = words(rig, case)
+    points = rig.points(*args)
+    assert judge(rig, case) == []
+    assert set(case.gone).isdisjoint(rig.snapshots())
+    done = {p.relative_to(rig.dir).parent for p in rig.images()}
+    tried = some(points, 5)
+    for point in tried:
+        rig.restore_template(template)
+        if not rig.killed(*args, at=point):
+            wrong.append(f"{point}: was not reached")
+            continue
+        recovered = rig.run("recover", "vm")
+        wrong += [] if recovered.code == 0 else [f"{point}: recover ended with {recovered.code}: {recovered.err}"]
+        wrong += [f"{point}: {w}" for w in judge(rig, case)]
+        if {p.relative_to(rig.dir).parent for p in rig.images()} != done:
+            again = rig.run(*args)
+            wrong += [] if again.code == 0 else [f"{point}: again ended with {again.code}: {again.err}"]
+            wrong += [f"{point}, again: {w}" for w in judge(rig, case)]
+    rig.ok("create", "vm", "after")
+    rig.expected["after"] = rig.expected["now"]
+    wrong += [f"after: {w}" for w in judge(rig, case)]
+    wrong += [str(f) for f in rig.run("--json", "check", "vm").json["findings"] if f["severity"] == "error"]
+    with capsys.disabled():
+        print(f" [{len(tried)} of {len(points)} points]", end="")
+    assert not wrong, "\n".join(wrong)
+    assert len(points) >= case.at_least
+
+
+@pytest.mark.parametrize("name", ["move", "delete-to-relinks"])
+@pytest.mark.timeout(400)
+def test_kill_during_recovery_then_recover_again(tree: tuple[Roaming, Path], name: str) -> None:
+    """Before the switch, in it, and after it."""
+    rig, template = tree
+    case, wrong, hit = CASES[name], [], 0
+    rig.restore_template(template)
+    args = words(rig, case)
+    points = rig.points(*args)
+    middle = next(i for i, p in enumerate(points) if ".switch.after" in p)
+    for point in (points[middle - 2], points[middle], points[-4]):
+        rig.restore_template(template)
+        assert rig.killed(*args, at=point)
+        again = rig.save_template("again")
+        for second in some(rig.points("recover", "vm"), 3):
+            rig.restore_template(again)
+            hit += rig.killed("recover", "vm", at=second)
+            rig.ok("recover", "vm")
+            wrong += [f"{point} then {second}: {w}" for w in judge(rig, case)]
+        shutil.rmtree(again)
+    assert not wrong, "\n".join(wrong)
+    assert hit >= 6
