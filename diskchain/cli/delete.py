@@ -29,7 +29,7 @@ from diskchain.cli.options import (
 )
 from diskchain.errors import Busy, DiskchainError, NoSpace, NotFound, UsageError, VMRunning
 from diskchain.ops import delete as ops
-from diskchain.ops import delete_plan, delete_to, look, methods, pending, power
+from diskchain.ops import delete_plan, delete_to, look, methods, pending, power, redefine
 from diskchain.ops.merge import Merged
 from diskchain.ops.vm import VM, Host
 
@@ -234,8 +234,10 @@ async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[
         if asked.to is None:
             merged += await ops.delete(vm, deletion, context.progress(app))
         else:
-            found = delete_to.items(vm.catalog, [deletion], asked.to)
+            found, before = delete_to.items(vm.catalog, [deletion], asked.to), vm.registered and vm.registered.machine
             merged += await delete_to.delete_to(vm, deletion, found, context.progress(app))
+            if warning := redefine.warning(vm, before):
+                context.progress(app).warn(warning)
     return merged
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from diskchain.cli.app import App, common
 from diskchain.cli.options import changing_options, jobs_option, vms_argument
 from diskchain.ops import detach as ops_detach
 from diskchain.ops import move as ops_move
+from diskchain.ops import redefine
 from diskchain.ops.vm import Host
 
 _DIR = click.Path(path_type=Path)
@@ -41,7 +43,9 @@ async def _detach(app: App, host: Host, name: str, directory: Path | None, dry_r
     async with context.changing(app, host, name, "detach", adopt=True) as vm:
         found = ops_detach.plan(vm, directory)
         await ops_detach.check(vm, found)
+        before = vm.registered and vm.registered.machine
         merged = await ops_detach.detach(vm, found, context.progress(app))
+        _warn(app, [redefine.warning(vm, before)])
         gone = [str(image.path) for image in found.let_go]
         lines = [f"{vm.name} does not stand on {', '.join(gone)} any more", *map(render.merged_line, merged)]
         body = {"vm": vm.name, "let_go": gone, "merged": [asdict(m) for m in merged]}
@@ -71,11 +75,19 @@ async def _move(app: App, host: Host, name: str, directory: Path, dry_run: bool)
         found = ops_move.plan_move(vm, directory)
         await ops_move.check(vm, found)
         plan = ops_move.to_plan(vm, found)
+        machine = vm.registered and vm.registered.machine
         before = {item.id: vm.catalog.images[item.id].path for item in found.items}
         await ops_move.move(vm, found, context.progress(app))
-        for warning in plan.warnings:
-            context.progress(app).warn(warning)
+        _warn(app, [*plan.warnings, redefine.warning(vm, machine)])
         moved = [{"from": str(before[i.id]), "to": str(i.path)} for i in found.items]
         body = {"vm": vm.name, "home": str(vm.home.path), "moved": moved, "stays": [str(i.path) for i in found.stays]}
-        lines = [f"{vm.name} lies in {found.directory} now: {len(moved)} layers", *(f"  {m['to']}" for m in moved)]
+        lines = [
+            f"{vm.name} lies in {found.directory} now: {len(moved)} layer{'' if len(moved) == 1 else 's'}",
+            *(f"  {m['to']}" for m in moved),
+        ]
         context.answer(app, body, lines)
+
+
+def _warn(app: App, texts: Iterable[str | None]) -> None:
+    for text in filter(None, texts):
+        context.progress(app).warn(text)

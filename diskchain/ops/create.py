@@ -249,7 +249,7 @@ def _check_space(vm: VM, overlays: Mapping[str, Image], save: str) -> None:
         if files.free_bytes(directory) < need:
             raise NoSpace(f"{size(need)} are needed on {directory}, {size(files.free_bytes(directory))} are free",
                           hint="free space" + ("" if save == "never" else ", or use --disk-only")
-                          + room.ways(vm, need, f"diskchain create {vm.name} --overlay-dir"))  # fmt: skip
+                          + room.ways(vm, [(f"diskchain create {vm.name} --overlay-dir", need)]))  # fmt: skip
 
 
 def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMState, save: str, quiesce: bool,

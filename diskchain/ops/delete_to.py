@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,16 +69,12 @@ async def delete_to(vm: VM, deletion: Deletion, found: Sequence[Item], progress:
 
 def ways_out(vm: VM, error: NoSpace, deletions: Sequence[Deletion], words: str) -> NoSpace:
     """Given that a delete has no room, return the error with every way that would fit. `words`: the names, as typed."""
-    hint = error.hint or ""
-    try:
+    wanted: list[tuple[str, int]] = []
+    with contextlib.suppress(DiskchainError):
         there = items(vm.catalog, deletions, vm.home.disks_dir)
-        hint += room.ways(vm, elsewhere.need(vm.catalog, there), f"diskchain delete {vm.name} {words} --to")
-    except DiskchainError:
-        pass
-    try:
+        wanted.append((f"diskchain delete {vm.name} {words} --to", elsewhere.need(vm.catalog, there)))
+    with contextlib.suppress(DiskchainError):
         base = detach.plan(vm, vm.home.disks_dir)
-        hint += room.ways(vm, elsewhere.need(vm.catalog, base.items, flat=True), f"diskchain detach {vm.name} --to")
-    except DiskchainError:
-        pass
-    hint += room.ways(vm, move.need(vm), f"diskchain move {vm.name} --to")
-    return NoSpace(error.message, hint=hint)
+        wanted.append((f"diskchain detach {vm.name} --to", elsewhere.need(vm.catalog, base.items, flat=True)))
+    wanted.append((f"diskchain move {vm.name} --to", move.need(vm)))
+    return NoSpace(error.message, hint=(error.hint or "") + room.ways(vm, wanted))

@@ -25,7 +25,7 @@ from typing import Any
 from diskchain.chain.deletion import after as deletion_after
 from diskchain.chain.model import Catalog, Image, MiB
 from diskchain.chain.text import size
-from diskchain.errors import ChainDamaged, NoSpace, Refused, UnsupportedDisk, VMRunning
+from diskchain.errors import ChainDamaged, NoSpace, Refused, Unfinished, UnsupportedDisk, VMRunning
 from diskchain.host import copy, files, locks, qemu_img, qemu_img_copy
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
@@ -332,6 +332,8 @@ async def resume(vm: VM, entry: Entry) -> tuple[str, str]:
     if entry.state == "intent" or (entry.state == "switch" and not await is_switched(vm, entry)):
         undo(vm, entry)
         return "undone", "the layers are where they were"
+    if entry.state == "switch" and not (await vm.driver.state()).is_off:
+        raise Unfinished(f"the switch to the new files waits until {vm.name} is off", hint=f"diskchain stop {vm.name}")
     await forward(vm, entry)
     return "finished", "the new files are in use"
 

@@ -90,8 +90,6 @@ def to_plan(vm: VM, move: Move) -> Plan:
     steps += [f"{i.target}: {i.path} stays: others may stand on it" for i in move.stays]
     left = [images[i.id].path for i in move.items if not images[i.id].ours]
     warnings = [f"{path} was not made by diskchain: it is copied, and the old file stays" for path in left]
-    if vm.registered:
-        warnings.append(f"write the new places into its machine file {vm.registered.source} before it is defined again")
     return Plan(f"{vm.name}: move to {move.directory}", tuple(steps), bytes=count, space_needed=count,
                 point_of_no_return="when the definition names the new files", warnings=tuple(warnings))  # fmt: skip
 

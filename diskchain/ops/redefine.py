@@ -27,6 +27,14 @@ async def follow(vm: VM, moved: Mapping[Path, Image], home: Path | None = None) 
         vm.registered = registered
 
 
+def warning(vm: VM, before: Machine | None) -> str | None:
+    """Given the definition of before, say what an admin has to write into the machine file; None where nothing changed."""
+    if vm.registered is None or before is None or vm.registered.machine == before:
+        return None
+    places = ", ".join(f"{d.target}: {d.image}" for d in vm.registered.machine.disks if d not in before.disks)
+    return f"before {vm.name} is defined again, write the new place into {vm.registered.source} ({places})"
+
+
 def with_images(machine: Machine, moved: Mapping[Path, Image]) -> Machine:
     """Return the machine with its disks where they are now."""
     return replace(machine, disks=tuple(_disk(disk, moved) for disk in machine.disks))

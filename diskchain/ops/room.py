@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from diskchain.chain.text import size
 from diskchain.errors import DiskchainError
 from diskchain.host import files
+from diskchain.ops import sharers
 from diskchain.ops.vm import VM
 
 
 def places(vm: VM, need: int) -> list[tuple[Path, int]]:
     """Return the known directories on other filesystems with so many bytes free, and how many are; the roomiest first.
 
-    Known: the image roots of the configuration, and where layers of the VM lie already.
+    Known: the image roots of the configuration, volumes that are mounted in them, and where layers of the VM lie already.
     """
     full = {_device(vm.home.disks_dir)}
     found: dict[int | None, tuple[Path, int]] = {}
-    for directory in (*vm.config.image_roots, *sorted({i.path.parent for i in vm.catalog.images.values()})):
+    for directory in (*_roots(vm.config.image_roots), *sorted({i.path.parent for i in vm.catalog.images.values()})):
         device = _device(directory)
         if device is None or device in full or device in found or not os.access(directory, os.W_OK | os.X_OK):
             continue
@@ -30,6 +32,12 @@ def places(vm: VM, need: int) -> list[tuple[Path, int]]:
     return sorted(found.values(), key=lambda place: -place[1])
 
 
+def _roots(roots: Iterable[Path]) -> Iterator[Path]:
+    for root in roots:
+        yield from sorted(path for path in sharers.directories_below(root, 1) if path != root and path.is_mount())
+        yield root
+
+
 def _device(path: Path) -> int | None:
     try:
         return path.stat().st_dev
@@ -37,10 +45,17 @@ def _device(path: Path) -> int | None:
         return None
 
 
-def ways(vm: VM, need: int, command: str) -> str:
-    """Return the rest of a hint: a command that ends in a directory, with every directory that it would fit."""
-    fits = places(vm, need)
-    if not fits:
-        return ""
-    others = "".join(f", or {path} ({size(free)} free)" for path, free in fits[1:3])
-    return f"; or {command} {fits[0][0]} (needs {size(need)}, {size(fits[0][1])} free{others})"
+def ways(vm: VM, wanted: Sequence[tuple[str, int]]) -> str:
+    """Return the rest of a hint: commands that end in a directory, each with the roomiest that it would fit and its need.
+
+    `wanted`: a command, and the bytes that it needs there at most.
+    """
+    found = [(command, need, fits[0]) for command, need in wanted if (fits := places(vm, need))]
+    text = "".join(
+        f"; or {command} {path} (needs {size(need)}, {size(free)} free)" for command, need, (path, free) in found
+    )
+    used = {path for _, _, (path, _) in found}
+    others = [
+        f"{path} {size(free)}" for path, free in places(vm, min((n for _, n in wanted), default=0)) if path not in used
+    ]
+    return text + (f"; also free: {', '.join(others)}" if others else "")

@@ -20,8 +20,8 @@ class Roaming(Rig):
         """The image that is not the VM's own."""
         return self.dir / "base/template.qcow2"
 
-    def build(self, *, guest: bool, fault: str = "") -> None:
-        """Make the template, the disks, a second directory, and define the machine."""
+    def make_images(self) -> None:
+        """The template, the disks, a second directory."""
         for name in ("base", "there"):
             (self.dir / name).mkdir()
         self.qemu_img("create", "-q", "-f", "qcow2", str(self.template), str(self.size))
@@ -31,6 +31,10 @@ class Roaming(Rig):
         )
         self.qemu_img("create", "-q", "-f", "raw", str(self.dir / "vdb.raw"), str(self.size))
         self.configure(f'image_roots = ["{self.dir}"]\n')
+
+    def build(self, *, guest: bool, fault: str = "") -> None:
+        """Make the images, and define the machine."""
+        self.make_images()
         disks = "".join(f'[[disk]]\ntarget = "{t}"\nimage = "{t}.{f}"\n' for t, f in (("vda", "qcow2"), ("vdb", "raw")))
         (self.dir / "vm.toml").write_text(f'name = "vm"\nmemory = "64 MiB"\naccel = "tcg"\n{disks}')
         self.ok("machine", "define", str(self.dir / "vm.toml"), fault=fault)

@@ -1,0 +1,138 @@
+"""Shared bases and layers elsewhere, of domains: who uses a base, what a kill and a `virsh start` behind us leave, drift."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.libvirt.test_crash_stopped import started_by_hand
+from tests.support.domain import DomainRig
+from tests.support.libvirtd import Libvirtd
+from tests.support.refusals import grow_tree, refused
+from tests.support.rig import MiB, wait_for
+from tests.support.roaming import Roaming
+
+CASES = {
+    "move": (("move", "vm", "--to", "THERE"), {"vda.qcow2", "vdb.raw"}),
+    "detach-to": (("detach", "vm", "--to", "THERE"), {"base/template.qcow2"}),
+    "delete-to": (("delete", "vm", "s3", "--to", "THERE", "-y"), set()),
+}
+
+
+class RoamingDomain(Roaming, DomainRig):
+    """A domain in place of the machine."""
+
+    def build(self, *, guest: bool, fault: str = "") -> None:
+        """Make the images, and define the domain with virsh."""
+        self.make_images()
+        (self.dir / "vm.xml").write_text(self.xml(guest=guest))
+        self.virsh("define", str(self.dir / "vm.xml"))
+
+
+class Saved:
+    """The usual tree, off, and how to bring files and definition back."""
+
+    def __init__(self, rig: RoamingDomain) -> None:
+        self.rig = rig
+        grow_tree(rig)
+        self.template = rig.save_template()
+        self.xml = rig.dir.with_suffix(".back.xml")
+        self.xml.write_text(rig.virsh("dumpxml", "vm", "--inactive"))
+        self.now = dict(rig.expected["now"])
+
+    def back(self) -> None:
+        """Files and definition as they were."""
+        self.rig.restore_template(self.template)
+        self.rig.virsh("define", str(self.xml))
+        self.rig.expected["now"] = dict(self.now)
+
+
+@pytest.fixture(scope="module")
+def saved(daemon: Libvirtd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
+    """One for all tests here."""
+    rig = RoamingDomain(tmp_path_factory.mktemp("places") / "vm", daemon=daemon, size=8 * MiB, raw=("vdb",))
+    found = Saved(rig)
+    yield found
+    rig.destroy()
+    shutil.rmtree(found.template)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.timeout(300)
+def test_killed_at_the_switch_and_started_by_hand_nothing_written_is_lost(saved: Saved, name: str) -> None:
+    """`virsh start` knows nothing of our journal: whatever layer the guest wrote to, recover loses none of it."""
+    rig, (args, let_go), wrong = saved.rig, CASES[name], []
+    words = [str(rig.dir / "there") if word == "THERE" else word for word in args]
+    saved.back()
+    points = rig.points(*words)
+    assert {w.removeprefix("orphan ") for w in rig.verdict(present="now")} <= let_go
+    rig.virsh("start", "vm", "--paused")
+    rig.virsh("destroy", "vm")
+    middle = next(i for i, p in enumerate(points) if ".switch.before" in p)
+    for number, point in enumerate((points[middle], points[middle + 1], points[middle + 2], points[-5])):
+        saved.back()
+        assert rig.killed(*words, at=point)
+        started_by_hand(rig, 70 + number)
+        answer = rig.run("recover", "vm")
+        wrong += [] if answer.code == 0 else [f"{point}: recover ended with {answer.code}: {answer.err}"]
+        found = {w.removeprefix("orphan ") for w in rig.verdict(present="now")} - let_go
+        wrong += [f"{point}: {w}" for w in sorted(found)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_base_users_tells_defined_running_and_saved_domains(saved: Saved) -> None:
+    """One domain through its three states; it is named once, not by each of its files."""
+    saved.back()
+    rig = saved.rig
+
+    def said() -> list[tuple[str, str, str]]:
+        users = rig.ok("--json", "base", "users", str(rig.template)).json["users"]
+        return [(u["who"], u["how"], u["state"]) for u in users if not u["who"].startswith("the process")]
+
+    assert said() == [("the domain vm", "stands on it", "defined")]
+    rig.virsh("start", "vm", "--paused")
+    assert said() == [("the domain vm", "stands on it", "running")]
+    rig.virsh("managedsave", "vm")
+    assert said() == [("the domain vm", "stands on it", "saved")]
+    refused(rig, "detach", "vm", code=6, says="managed save")
+    rig.virsh("managedsave-remove", "vm")
+
+
+def test_repair_defines_a_domain_anew_that_something_put_back_on_a_frozen_layer(saved: Saved) -> None:
+    """Only as long as nothing was written there: then the catalog is right. Once it was, nothing is touched."""
+    saved.back()
+    rig = saved.rig
+    frozen = rig.snapshots()["s3"]["vda"]
+    wrong = saved.xml.read_text().replace(str(rig.active()["vda"]), str(frozen))
+    (rig.dir / "wrong.xml").write_text(wrong)
+    rig.virsh("define", str(rig.dir / "wrong.xml"))
+    refused(rig, "start", "vm", code=8)
+    assert "frozen layer of its own chain" in rig.ok("check", "vm", "--repair", "-n").out
+    assert rig.run("check", "vm", "--repair", "-y").code == 0
+    assert rig.verdict(present="now") == []
+    rig.virsh("define", str(rig.dir / "wrong.xml"))
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write 5M 1M", str(frozen)], check=True, capture_output=True)
+    assert "nothing is to be repaired" in rig.ok("check", "vm", "--repair", "-n").out
+    assert rig.sources(inactive=True)["vda"] == frozen
+    saved.back()
+
+
+def test_moved_domain_starts_with_virsh_and_is_found(saved: Saved) -> None:
+    """Records go with it; the template stays; a create and a delete work there."""
+    saved.back()
+    rig = saved.rig
+    there = rig.dir / "there"
+    answer = rig.ok("--json", "move", "vm", "--to", str(there)).json
+    assert answer["stays"] == [str(rig.template)] and Path(answer["home"]).parent.parent == there
+    rig.virsh("start", "vm", "--paused")
+    assert {p.parent for p in rig.sources().values()} == {there}
+    rig.virsh("destroy", "vm")
+    wait_for(lambda: rig.virsh("domstate", "vm") == "shut off", "it is off")
+    rig.ok("create", "vm", "s4")
+    rig.expected["s4"] = rig.expected["now"]
+    rig.ok("delete", "vm", "s3", "-y")
+    assert set(rig.verdict(present="now")) == {"orphan vda.qcow2", "orphan vdb.raw"}

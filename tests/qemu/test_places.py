@@ -1,0 +1,119 @@
+"""A volume without room: what needs none works at 0 bytes, what needs some says how much and where there is it; and it works."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.refusals import SmallDisk, grow_tree, refused, unchanged
+from tests.support.rig import MiB
+from tests.support.roaming import Roaming
+
+Small = tuple[Roaming, SmallDisk, Path]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Small]:
+    """The usual tree, vda on a template, on an ext4 of 64 MiB; and a directory on another filesystem."""
+    disk = SmallDisk(tmp_path, 64 * MiB)
+    roomy = tmp_path / "roomy"
+    roomy.mkdir()
+    rig = Roaming(disk.path / "vm", size=8 * MiB)
+    try:
+        grow_tree(rig)
+        rig.configure(f'image_roots = ["{rig.dir}", "{roomy}"]\n')
+        yield rig, disk, roomy
+    finally:
+        rig.destroy()
+        disk.close()
+
+
+def test_no_space_names_the_need_and_every_way_out_and_each_of_them_works_at_zero_bytes(small: Small) -> None:
+    """Exit 7; then detach --to, delete --to and move --to as the hint has them, on a full filesystem."""
+    rig, disk, roomy = small
+    disk.fill()
+    with unchanged(rig):
+        hint = refused(rig, "delete", "vm", "s3", "-y", code=7, says="needs up to")["hint"]
+    assert f"diskchain delete vm s3 --to {roomy} (needs " in hint
+    assert f"diskchain detach vm --to {roomy} (needs " in hint and f"diskchain move vm --to {roomy} (needs " in hint
+    assert re.search(r"needs [\d.]+[KM], [\d.]+[GT] free", hint)
+    detached = rig.ok("--json", "detach", "vm", "--to", str(roomy)).json
+    assert detached["let_go"] == [str(rig.template)] and os.statvfs(disk.path).f_bavail < 2 * MiB // 4096
+    assert rig.verdict(present="now") == ["orphan base/template.qcow2"]
+    disk.fill()
+    rig.ok("delete", "vm", "s3", "--to", str(roomy), "-y")
+    assert rig.verdict(present="now") == ["orphan base/template.qcow2"] and "s3" not in rig.snapshots()
+    disk.fill()
+    rig.ok("move", "vm", "--to", str(roomy))
+    assert os.statvfs(disk.path).f_bavail > 1024
+    wrong = [rig.digest(p) == rig.expected["now"][t] for t, p in rig_at(rig, roomy).active().items()]
+    assert wrong == [True, True] and rig_at(rig, roomy).verdict(present="now") == []
+    rig.ok("create", "vm", "s4")
+
+
+def rig_at(rig: Roaming, place: Path) -> Roaming:
+    """The same machine where it lies now."""
+    found = Roaming(place, size=rig.size, expected=rig.expected)
+    os.rmdir(found.run_dir)
+    return found
+
+
+def test_create_on_a_full_volume_goes_to_another_one(small: Small) -> None:
+    """--overlay-dir; the layers come back into the old place by a delete."""
+    rig, disk, roomy = small
+    disk.fill()
+    with unchanged(rig):
+        hint = refused(rig, "create", "vm", "s4", code=7)["hint"]
+    assert f"diskchain create vm --overlay-dir {roomy} (needs " in hint
+    rig.ok("create", "vm", "s4", "--overlay-dir", str(roomy))
+    rig.expected["s4"] = rig.expected["now"]
+    assert {p.parent for p in rig.active().values()} == {roomy}
+    rig.write(9, 5 * MiB, MiB)
+    rig.remember("now")
+    assert rig.verdict(present="now") == []
+    disk.free()
+    rig.ok("delete", "vm", "s4", "-y")
+    assert rig.verdict(present="now") == [] and not list(roomy.iterdir())
+
+
+def test_snapshot_with_memory_is_dropped_at_zero_bytes_free(tmp_path: Path) -> None:
+    """The memory goes first, and pays for the merge. No guest: what the firmware touches is memory, too."""
+    disk = SmallDisk(tmp_path, 160 * MiB)
+    rig = Roaming(disk.path / "vm", size=8 * MiB)
+    try:
+        rig.build(guest=False)
+        rig.write(1, 0, MiB)
+        rig.ok("start", "vm", "--paused")
+        rig.ok("create", "vm", "m1", "--memory")
+        rig.ok("stop", "vm", "--force", "-y")
+        rig.write(2, 2 * MiB, 2 * MiB)
+        rig.remember("now")
+        saved = rig.ok("--json", "show", "vm", "m1").json["snapshot"]["memory"]
+        assert saved["status"] == "saved" and saved["bytes"] > 4 * MiB
+        disk.fill()
+        rig.ok("delete", "vm", "m1", "-y")
+        assert os.statvfs(disk.path).f_bavail > 0
+        assert rig.verdict(present="now") == []
+    finally:
+        rig.destroy()
+        disk.close()
+
+
+@pytest.mark.parametrize("command", [("merge", "vm"), ("create", "vm", "s4"), ("recover", "vm")])
+def test_merge_that_stopped_by_an_io_error_goes_on_with_the_next_command(
+    tree: Roaming, command: tuple[str, ...]
+) -> None:
+    """EIO once: exit 3, nothing is lost; whatever is typed next finishes it."""
+    answer = tree.run("--json", "delete", "vm", "s3", "-y", fault="fail:merge.committed#1")
+    assert answer.code == 3 and "nothing is lost" in answer.json["error"]["message"], answer.out
+    assert tree.digest(tree.active()["vda"]) == tree.expected["now"]["vda"]
+    tree.ok(*command)
+    expected = dict(tree.expected)
+    tree.expected["s4"] = tree.expected["now"]
+    assert tree.verdict(present="now") == [] and "s3" not in tree.snapshots()
+    tree.expected.clear()
+    tree.expected.update(expected)
