@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diskchain.chain.machine import Machine
+from diskchain.chain.machine import DiskSpec, Machine
 from diskchain.chain.model import Image
 from diskchain.drivers import accel, migration, serial
 from diskchain.drivers.machines import Machines, Registered, differences
@@ -382,8 +382,10 @@ class QemuDriver(QemuAgent, MemorySaver):
     # -- configuration ---------------------------------------------------------------------------------------------
 
     async def define(self, definition: Definition, chains: Chains) -> None:
-        """Write the definition; the chains are the catalog's business here."""
-        self._registered = replace(self._registered, machine=_machine_of(definition))
+        """Write the definition. Its images only identify the chains, which may have been moved since it was recorded."""
+        machine = _machine_of(definition)
+        disks = tuple(_in_chain(disk, chains.get(disk.target, ())) for disk in machine.disks)
+        self._registered = replace(self._registered, machine=replace(machine, disks=disks))
         self._machines.put(self._registered)
 
     async def align(self, chains: Chains, was: Collection[Path] = ()) -> list[str]:
@@ -443,6 +445,13 @@ def _snapshot_actions(overlays: Mapping[str, Image]) -> list[dict[str, Any]]:
         {"type": "blockdev-snapshot", "data": {"node": f"layer-{image.backing}", "overlay": node_name(image)}}
         for image in overlays.values()
     ]
+
+
+def _in_chain(disk: DiskSpec, chain: Sequence[Image]) -> DiskSpec:
+    """The disk with an image of its chain: its own, if that is one, else the base."""
+    if not chain or any(Path(disk.image) == image.path for image in chain):
+        return disk
+    return replace(disk, image=str(chain[-1].path), fmt=chain[-1].fmt)
 
 
 def _target_of(block: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """detach: a VM that stands on images which are not its own gets what it needs of them, and lets go of them.
 
-Which those are: at the bottom of a chain the images that diskchain did not make and that no snapshot of the VM froze; and a
-layer that a snapshot froze, where others use it too or it is sealed. The first are copied up into the overlays on them; the
+Which those are: at the bottom of a chain the images that diskchain did not make and that no snapshot of the VM froze; and any
+frozen layer that others use too, or that is sealed. The first are copied up into the overlays on them; the
 others, and with --to all of them, into one new file in their place.
 """
 
@@ -40,7 +40,7 @@ def plan(vm: VM, directory: Path | None) -> Detach:
     tops = [image for image in bases if _is_top(catalog, image, bases)]
     if not tops:
         raise NotFound(f"{vm.name} stands on no image but its own", hint=f"diskchain check {vm.name}")
-    copied = [top for top in tops if directory is not None or catalog.frozen_by(top.id)]
+    copied = [top for top in tops if directory is not None or _is_own(catalog, top)]
     pulls = [_pull(catalog, top) for top in tops if top not in copied]
     items = [_item(catalog, top, directory) for top in copied]
     return Detach(tuple(pulls), tuple(items), tuple(bases))
@@ -49,13 +49,10 @@ def plan(vm: VM, directory: Path | None) -> Detach:
 def is_base(vm: VM, image: Image) -> bool:
     """Whether an image of the catalog is somebody else's, too: not one that this VM alone may change."""
     catalog = vm.catalog
-    if image.ours or image.id in catalog.active.values():
+    if image.id in catalog.active.values():
         return False
-    chain = catalog.chain(image.id)
-    if not any(i.ours or catalog.frozen_by(i.id) for i in chain):
+    if not any(i.ours or catalog.frozen_by(i.id) for i in catalog.chain(image.id)):
         return True
-    if any(i.ours for i in chain):
-        return False
     try:
         sharers.refuse_overlays(vm, image, catalog.images.values())
     except HasSharers:
@@ -67,6 +64,11 @@ def _is_top(catalog: Catalog, image: Image, bases: Sequence[Image]) -> bool:
     """Whether something that stays stands on it: an overlay that is no base, or a snapshot that froze it."""
     ids = {base.id for base in bases}
     return bool(catalog.frozen_by(image.id)) or any(o.id not in ids for o in catalog.overlays_on(image.id))
+
+
+def _is_own(catalog: Catalog, top: Image) -> bool:
+    """Whether it is a state of this VM, or stands on one: then it can't be copied up into what stands on it."""
+    return any(image.ours or catalog.frozen_by(image.id) for image in catalog.chain(top.id))
 
 
 def _pull(catalog: Catalog, top: Image) -> Pull:
@@ -83,6 +85,7 @@ def _item(catalog: Catalog, top: Image, directory: Path | None) -> Item:
 
 async def check(vm: VM, found: Detach) -> None:
     """Raise what stands in the way, as a delete and a write elsewhere do."""
+    await elsewhere.require_off(vm)
     if found.pulls:
         await delete_plan.check(vm, [_deletion(found.pulls)])
     if found.items:
@@ -91,7 +94,8 @@ async def check(vm: VM, found: Detach) -> None:
 
 def to_plan(vm: VM, found: Detach) -> Plan:
     """Return the plan in words and figures."""
-    images, steps, count = vm.catalog.images, [], 0
+    images, count = vm.catalog.images, 0
+    steps: list[str] = []
     for pull in found.pulls:
         for overlay in pull.overlays:
             more = merge.pulled(pull, overlay)

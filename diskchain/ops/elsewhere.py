@@ -135,7 +135,9 @@ async def carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
 async def require_off(vm: VM) -> None:
     """Look again: a QEMU that takes no locks was not held off by the guard. Raise VMRunning."""
     if not (await vm.driver.state()).is_off:
-        raise VMRunning(f"{vm.name} was started a moment ago", hint=f"diskchain stop {vm.name}")
+        raise VMRunning(
+            f"{vm.name} is on; its layers can't be replaced", hint=f"diskchain stop {vm.name}, then try again"
+        )
 
 
 @contextlib.contextmanager
@@ -276,9 +278,7 @@ async def forward(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None
             await vm.driver.align(catalog.active_chains(), was)
         point("elsewhere.defined")
         relinked = [i for i in catalog.images.values() if i.backing in new and i.id not in new]
-        held = contextlib.nullcontext(guard) if guard else locks.guard_images(
-            [i.path for i in relinked], wait=GUARD_WAIT, users=locks.open_by)  # fmt: skip
-        with held:
+        with _held([i.path for i in relinked], guard):
             for overlay in relinked:
                 await _relink(overlay, catalog.images[overlay.backing or ""])
                 point("elsewhere.relinked-one")
@@ -297,6 +297,10 @@ async def forward(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None
         remove_snapshot_dir(vm, snapshot_id)
     entry.close()
     vm.home.fill_reserve()
+
+
+def _held(paths: Sequence[Path], guard: ImageGuard | None) -> contextlib.AbstractContextManager[ImageGuard]:
+    return contextlib.nullcontext(guard) if guard else locks.guard_images(paths, wait=GUARD_WAIT, users=locks.open_by)
 
 
 async def _relink(overlay: Image, below: Image) -> None:

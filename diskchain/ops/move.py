@@ -27,7 +27,7 @@ from diskchain.errors import ChainDamaged, NotFound, Refused
 from diskchain.host import copy, files
 from diskchain.host.fault import point
 from diskchain.host.locks import vm_lock
-from diskchain.ops import detach, elsewhere, layers, redefine
+from diskchain.ops import detach, elsewhere, layers, redefine, sharers
 from diskchain.ops.elsewhere import Item
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, new_id, now_utc
@@ -97,6 +97,9 @@ def to_plan(vm: VM, move: Move) -> Plan:
 async def check(vm: VM, move: Move) -> None:
     """Raise what stands in the way."""
     await elsewhere.check(vm, move.items, move.record_bytes)
+    for image in (vm.catalog.images[item.id] for item in move.items):
+        if image.ours:  # its old file goes
+            sharers.refuse_overlays(vm, image, vm.catalog.images.values())
     if move.home.path == vm.home.path:
         return
     if move.home.path.exists():

@@ -52,7 +52,9 @@ def test_no_space_names_the_need_and_every_way_out_and_each_of_them_works_at_zer
     assert os.statvfs(disk.path).f_bavail > 1024
     wrong = [rig.digest(p) == rig.expected["now"][t] for t, p in rig_at(rig, roomy).active().items()]
     assert wrong == [True, True] and rig_at(rig, roomy).verdict(present="now") == []
-    rig.ok("create", "vm", "s4")
+    rig.ok("revert", "vm", "s1", "-y")  # whose configuration names the old places
+    assert rig_at(rig, roomy).active().keys() == {"vda", "vdb"}
+    assert "definition-differs" not in rig.run("--json", "check", "vm").out
 
 
 def rig_at(rig: Roaming, place: Path) -> Roaming:

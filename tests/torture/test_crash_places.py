@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.refusals import grow_tree
+from tests.support.refusals import check_error, grow_tree
 from tests.support.rig import MiB
 from tests.support.roaming import Roaming
 from tests.support.sample import some
@@ -127,3 +127,30 @@ def test_kill_during_recovery_then_recover_again(tree: tuple[Roaming, Path], nam
         shutil.rmtree(again)
     assert not wrong, "\n".join(wrong)
     assert hit >= 6
+
+
+FAULTS = [
+    ("move", "full:copy.piece#3", 7),
+    ("move", "fail:move.record-copied", 1),
+    ("delete-to", "full:elsewhere.filled-one#3", (1, 7)),
+    ("detach-to", "fail:elsewhere.compared", 1),
+    ("delete-to-relinks", "fail:elsewhere.relinked-one#1", 3),
+    ("move", "fail:move.records-whole", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "fault", "code"), FAULTS)
+def test_error_of_the_filesystem_puts_everything_back_or_goes_on(
+    tree: tuple[Roaming, Path], name: str, fault: str, code: int | tuple[int, ...]
+) -> None:
+    """Before the switch nothing was changed; in it, exit 3, and `recover` ends it. The command works afterwards."""
+    rig, template = tree
+    case = CASES[name]
+    rig.restore_template(template)
+    answer = rig.run("--json", *words(rig, case), fault=fault)
+    check_error(answer, code=code)
+    if code == 3:
+        rig.ok("recover", "vm")
+    assert judge(rig, case) == []
+    rig.run(*words(rig, case))
+    assert judge(rig, case) == []
