@@ -156,7 +156,7 @@ def _opened(image: Image) -> tuple[Header | None, os.stat_result]:
 def _unusable(where: str, image: Image, problem: DiskchainError) -> Finding:
     if isinstance(problem, NotFound):
         return error("layer-missing", where, "the file is not there; every state above it needs it",
-                     f"bring {image.path.name} back to {image.path.parent}")  # fmt: skip
+                     f"bring {image.path.name} back to {image.path.parent}; if it was moved: diskchain check --repair")  # fmt: skip
     codes: dict[type[DiskchainError], str] = {
         HostileImage: "layer-hostile", UnsupportedDisk: "layer-unsupported", Refused: "layer-unreadable",
     }  # fmt: skip
