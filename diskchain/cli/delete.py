@@ -234,7 +234,7 @@ async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[
         if asked.to is None:
             merged += await ops.delete(vm, deletion, context.progress(app))
         else:
-            found, before = delete_to.items(vm.catalog, [deletion], asked.to), vm.registered and vm.registered.machine
+            found, before = delete_to.items(vm.catalog, [deletion], asked.to), redefine.machine_of(vm)
             merged += await delete_to.delete_to(vm, deletion, found, context.progress(app))
             if warning := redefine.warning(vm, before):
                 context.progress(app).warn(warning)

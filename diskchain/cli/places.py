@@ -43,7 +43,7 @@ async def _detach(app: App, host: Host, name: str, directory: Path | None, dry_r
     async with context.changing(app, host, name, "detach", adopt=True) as vm:
         found = ops_detach.plan(vm, directory)
         await ops_detach.check(vm, found)
-        before = vm.registered and vm.registered.machine
+        before = redefine.machine_of(vm)
         merged = await ops_detach.detach(vm, found, context.progress(app))
         _warn(app, [redefine.warning(vm, before)])
         gone = [str(image.path) for image in found.let_go]
@@ -75,7 +75,7 @@ async def _move(app: App, host: Host, name: str, directory: Path, dry_run: bool)
         found = ops_move.plan_move(vm, directory)
         await ops_move.check(vm, found)
         plan = ops_move.to_plan(vm, found)
-        machine = vm.registered and vm.registered.machine
+        machine = redefine.machine_of(vm)
         before = {item.id: vm.catalog.images[item.id].path for item in found.items}
         await ops_move.move(vm, found, context.progress(app))
         _warn(app, [*plan.warnings, redefine.warning(vm, machine)])

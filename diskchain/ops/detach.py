@@ -36,7 +36,7 @@ class Detach:
 def plan(vm: VM, directory: Path | None) -> Detach:
     """Return what a detach does. Raise NotFound when the VM stands on nothing but its own."""
     catalog = vm.catalog
-    bases = [image for image in catalog.images.values() if is_base(vm, image)]
+    bases = bases_of(vm)
     tops = [image for image in bases if _is_top(catalog, image, bases)]
     if not tops:
         raise NotFound(f"{vm.name} stands on no image but its own", hint=f"diskchain check {vm.name}")
@@ -46,8 +46,13 @@ def plan(vm: VM, directory: Path | None) -> Detach:
     return Detach(tuple(pulls), tuple(items), tuple(bases))
 
 
-def is_base(vm: VM, image: Image) -> bool:
-    """Whether an image of the catalog is somebody else's, too: not one that this VM alone may change."""
+def bases_of(vm: VM) -> list[Image]:
+    """Return the images of the catalog that are somebody else's, too, with all that those stand on."""
+    found = {below.id for i in vm.catalog.images.values() if _is_base(vm, i) for below in vm.catalog.chain(i.id)}
+    return [image for image in vm.catalog.images.values() if image.id in found]
+
+
+def _is_base(vm: VM, image: Image) -> bool:
     catalog = vm.catalog
     if image.id in catalog.active.values():
         return False

@@ -19,6 +19,7 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,10 +240,14 @@ async def _fill(catalog: Catalog, item: Item, guard: ImageGuard, progress: Progr
         alone = image.backing is None or (item.backing is None and len(item.layers) == 1)
         try:
             await qemu_img_copy.add(_node(catalog, image_id) or {}, into, own_layer=not alone, guard=guard.fds,
-                                    on_percent=lambda p, n=count: progress.update(int(n * p / 100)))  # fmt: skip
+                                    on_percent=partial(_show, progress, count))  # fmt: skip
         finally:
             progress.end()
         point("elsewhere.filled-one")
+
+
+def _show(progress: Progress, count: int, percent: float) -> None:
+    progress.update(int(count * percent / 100))
 
 
 def _node(catalog: Catalog, image_id: str | None) -> dict[str, Any] | None:
@@ -277,15 +282,10 @@ async def forward(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None
         if vm.registered is None:
             await vm.driver.align(catalog.active_chains(), was)
         point("elsewhere.defined")
-        relinked = [i for i in catalog.images.values() if i.backing in new and i.id not in new]
-        with _held([i.path for i in relinked], guard):
-            for overlay in relinked:
-                await _relink(overlay, catalog.images[overlay.backing or ""])
-                point("elsewhere.relinked-one")
-        changed = (new | {i.id for i in relinked}) & set(catalog.images)
+        catalog = await relink_rest(catalog, new, guard)
         active = set(catalog.active.values())
-        catalog = layers.freeze(catalog, changed - active)
-        vm.save(catalog.with_images(replace(catalog.images[i], fingerprint=None) for i in changed & active))
+        catalog = layers.freeze(catalog, (new & set(catalog.images)) - active)
+        vm.save(catalog.with_images(replace(catalog.images[i], fingerprint=None) for i in new & active))
         await redefine.follow(vm, {Path(p): vm.catalog.images[i] for p, i in entry.data["named"].items()
                                    if i in vm.catalog.images})  # fmt: skip
         entry.advance("switched")
@@ -297,6 +297,18 @@ async def forward(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None
         remove_snapshot_dir(vm, snapshot_id)
     entry.close()
     vm.home.fill_reserve()
+
+
+async def relink_rest(catalog: Catalog, new: set[str], guard: ImageGuard | None) -> Catalog:
+    """Let the images that stay in their files, and stand on one that does not, name that where it is; return the catalog
+    with their fingerprints. Can be repeated.
+    """
+    relinked = [i for i in catalog.images.values() if i.backing in new and i.id not in new]
+    with _held([i.path for i in relinked], guard):
+        for overlay in relinked:
+            await _relink(overlay, catalog.images[overlay.backing or ""])
+            point("elsewhere.relinked-one")
+    return layers.freeze(catalog, {i.id for i in relinked} - set(catalog.active.values()))
 
 
 def _held(paths: Sequence[Path], guard: ImageGuard | None) -> contextlib.AbstractContextManager[ImageGuard]:

@@ -26,7 +26,7 @@ from diskchain.chain.text import size
 from diskchain.errors import ChainDamaged, NotFound, Refused
 from diskchain.host import copy, files
 from diskchain.host.fault import point
-from diskchain.host.locks import vm_lock
+from diskchain.host.locks import ImageGuard, vm_lock
 from diskchain.ops import detach, elsewhere, layers, redefine, sharers
 from diskchain.ops.elsewhere import Item
 from diskchain.ops.progress import Progress
@@ -57,7 +57,7 @@ def plan_move(vm: VM, directory: Path) -> Move:
             f"{directory} is no directory", hint=f"mkdir '{directory}'; QEMU's user must be able to search it"
         )
     directory = directory.resolve()
-    stays = tuple(image for image in vm.catalog.images.values() if detach.is_base(vm, image))
+    stays = tuple(detach.bases_of(vm))
     moved = [i for i in vm.catalog.images.values() if i not in stays and i.path.parent.resolve() != directory]
     home = Home(directory / catalog_store.HOME / vm.home.path.name)
     if not moved and home.path == vm.home.path:
@@ -68,7 +68,8 @@ def plan_move(vm: VM, directory: Path) -> Move:
 
 def need(vm: VM) -> int:
     """Return how many bytes a move to another filesystem takes there at most."""
-    moved = [image for image in vm.catalog.images.values() if not detach.is_base(vm, image)]
+    stays = detach.bases_of(vm)
+    moved = [image for image in vm.catalog.images.values() if image not in stays]
     records = _records(vm.home, Home(Path("/nonexistent")))
     held = sum(files.allocated_bytes(p) for p in (*(i.path for i in moved), *(p for p, _ in records)))
     return held + elsewhere.METADATA * len(moved)
@@ -129,20 +130,20 @@ async def move(vm: VM, found: Move, progress: Progress) -> None:
             undo(vm, entry)
             raise
         entry.advance("switch")
-        await _forward(vm, entry)
+        await _forward(vm, entry, guard)
 
 
-async def _forward(vm: VM, entry: Entry) -> None:
+async def _forward(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None:
     """From `switch` to the end."""
     home = Home(Path(entry.data["to"]))
     if home.path == vm.home.path:
         await _switch(vm, entry)
-        await _clear(vm, entry)
+        await _clear(vm, entry, guard)
         return
     files.fsync_dir(home.path)
     with vm_lock(home.lock, f"move {vm.name}", wait=elsewhere.GUARD_WAIT):
         entry = await _switch_records(vm, entry, home)
-        await _clear(vm, entry)
+        await _clear(vm, entry, guard)
 
 
 async def _switch(vm: VM, entry: Entry) -> None:
@@ -178,8 +179,10 @@ def _frozen(catalog: Catalog, entry: Entry) -> Catalog:
     return layers.freeze(catalog, [i for i in moved if catalog.images[i].fingerprint is not None])
 
 
-async def _clear(vm: VM, entry: Entry) -> None:
-    """The new place counts: remove what was ours in the old one. Can be repeated."""
+async def _clear(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None:
+    """The new place counts: let what was there already name it, then remove what was ours in the old one. Can be repeated."""
+    vm.save(await elsewhere.relink_rest(vm.catalog, {item.id for item in elsewhere.items_of(entry)}, guard))
+    point("move.relinked")
     old = [Path(path) for path in entry.data["old"]]
     layers.to_trash(old)
     point("move.trashed")

@@ -27,6 +27,11 @@ async def follow(vm: VM, moved: Mapping[Path, Image], home: Path | None = None) 
         vm.registered = registered
 
 
+def machine_of(vm: VM) -> Machine | None:
+    """Return the definition of a machine of ours."""
+    return vm.registered.machine if vm.registered else None
+
+
 def warning(vm: VM, before: Machine | None) -> str | None:
     """Given the definition of before, say what an admin has to write into the machine file; None where nothing changed."""
     if vm.registered is None or before is None or vm.registered.machine == before:
