@@ -116,3 +116,29 @@ def test_base_that_a_snapshot_froze_is_not_merged_into_once_it_is_sealed(shared:
     with unchanged(shared):
         error = refused(shared, "delete", "vm", "s1", "-y", code=6, says="sealed")
         assert error["kind"] == "HasSharers" and "detach" in error["hint"]
+
+
+def test_layer_that_another_vm_stands_on_is_let_go_of_by_a_copy(shared: Rig) -> None:
+    """Refused by name until then; afterwards the VM is on its own, and the other one sees what it saw."""
+    layer, place = shared.snapshots()["s1"]["vda"], shared.dir / "other"
+    place.mkdir()
+    shared.configure(f'image_roots = ["{shared.dir}", "{base_of(shared).parent}"]\n')
+    overlay = place / "other.qcow2"
+    Rig.qemu_img("create", "-q", "-f", "qcow2", "-b", str(layer), "-F", "qcow2", str(overlay))
+    text = 'name = "other"\nmemory = "64 MiB"\naccel = "tcg"\n[[disk]]\ntarget = "vda"\nimage = "other.qcow2"\n'
+    (place / "other.toml").write_text(text)
+    shared.ok("machine", "define", str(place / "other.toml"))
+    before = shared.digest(overlay)
+    assert (
+        "diskchain detach vm" in refused(shared, "delete", "vm", "s1", "-y", code=6, says="the machine other")["hint"]
+    )
+    told = shared.ok("--json", "detach", "vm").json
+    assert set(told["let_go"]) == {str(base_of(shared)), str(layer)}
+    states = {**shared.snapshots(), "now": shared.active()}
+    assert {n: shared.digest(d["vda"]) for n, d in states.items()} == {n: shared.expected[n]["vda"] for n in states}
+    assert layer not in {p["vda"] for p in states.values()}
+    shared.ok("delete", "vm", "s1", "-y")
+    assert shared.digest(shared.active()["vda"]) == shared.expected["now"]["vda"]
+    assert shared.digest(overlay) == before
+    findings = shared.run("--json", "check", "other").json["findings"]
+    assert [f for f in findings if f["severity"] == "error"] == []
