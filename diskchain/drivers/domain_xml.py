@@ -72,7 +72,10 @@ def memory_bytes(text: str) -> int:
 
 
 def _size(element: ET.Element) -> int:
-    return int(element.text or 0) * _UNITS.get(element.get("unit", "KiB"), 1024)
+    try:
+        return int(element.text or 0) * _UNITS.get(element.get("unit", "KiB"), 1024)
+    except ValueError:
+        raise DriverFailed(f"libvirt's XML has a <{element.tag}> that is no number: {element.text!r:.40}") from None
 
 
 def disks(text: str) -> tuple[DomainDisk, ...]:

@@ -28,12 +28,13 @@ def load(kind: str, data: bytes, source: str) -> Any:
     try:
         record = json.loads(data)
         version, found, body, digest = record["version"], record["diskchain"], record["body"], record["sha256"]
+        is_whole = _digest(body) == digest
     except (ValueError, KeyError, TypeError, RecursionError):
         raise RecordDamaged(f"{source} is damaged (not a whole record)", hint=_HINT) from None
     if not isinstance(version, int) or version > VERSION:
         raise RecordDamaged(f"{source} was written by a newer diskchain (format {version!r:.20})",
                             hint="use that version; this one will not touch the VM")  # fmt: skip
-    if found != kind or _digest(body) != digest:
+    if found != kind or not is_whole:
         raise RecordDamaged(f"{source} is damaged (its checksum does not fit)", hint=_HINT)
     return body
 

@@ -30,7 +30,9 @@ def unpack(data: bytes) -> dict[str, dict[str, bytes]] | None:
     try:
         header = json.loads(head)
         sizes, crc = header["sizes"], header["crc"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not _is_table_of_sizes(sizes):
         return None
     found: dict[str, dict[str, bytes]] = {}
     offset = 0
@@ -40,3 +42,10 @@ def unpack(data: bytes) -> dict[str, dict[str, bytes]] | None:
             found[name][path] = rest[offset : offset + size]
             offset += size
     return found if len(rest) >= offset and zlib.crc32(rest[:offset]) == crc else None
+
+
+def _is_table_of_sizes(value: object) -> bool:
+    tables = value.values() if isinstance(value, dict) else [None]
+    return all(
+        isinstance(table, dict) and all(type(size) is int and size >= 0 for size in table.values()) for table in tables
+    )

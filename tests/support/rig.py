@@ -60,6 +60,7 @@ class Rig:
     parts: Sequence[str] = ()  # more lines of the machine file: firmware, tpm
     uri: str = "none"  # no libvirt of the host's is ever asked
     forked: bool = True  # commands come from a process that has imported everything; else each starts Python
+    zygote: Zygote = ZYGOTE
     expected: dict[str, dict[str, str]] = field(default_factory=dict)
     _digests: dict[str | None, str] = field(default_factory=dict)
     _checked: dict[str, list[str]] = field(default_factory=dict)
@@ -120,7 +121,7 @@ class Rig:
     def run(self, *args: str, fault: str = "", prefix: Sequence[str] = ()) -> Answer:
         """Run diskchain to its end."""
         if self.forked and not prefix:
-            return Answer(*ZYGOTE.run(args, self._env(fault), timeout=150))
+            return Answer(*self.zygote.run(args, self._env(fault), timeout=150))
         process = self.popen(*args, fault=fault, prefix=prefix)
         out, err = process.communicate(timeout=150)
         return Answer(process.returncode, out, err)

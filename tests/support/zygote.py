@@ -22,7 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -32,15 +32,23 @@ PROGRAMS = ("diskchain.__main__", "diskchain.host.libvirt_hook")  # imported to 
 
 
 class Zygote:
-    """The process that is forked, started when it is first needed; it ends with the process that made it."""
+    """The process that is forked, started when it is first needed; it ends with the process that made it.
 
-    def __init__(self) -> None:
+    `root`: where diskchain and tests are imported from; `env`: more of the environment that it starts with (LD_PRELOAD).
+    """
+
+    def __init__(self, root: Path = ROOT, env: Mapping[str, str] | None = None) -> None:
+        self._root, self._env = root, dict(env or {})
         self._dir = tempfile.TemporaryDirectory(prefix="dc-zygote-")
         self._address = f"{self._dir.name}/socket"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, args: Sequence[str], env: Mapping[str, str], timeout: float) -> tuple[int, str, str]:
+    def run(
+        self, args: Sequence[str], env: Mapping[str, str], timeout: float, started: Callable[[int], None] | None = None
+    ) -> tuple[int, str, str]:
         """Run `diskchain ARGS` with exactly this environment; return exit code (a signal's is negative), stdout, stderr.
+
+        `started` is called with the command's process number.
 
         Raise subprocess.TimeoutExpired after `timeout` seconds, when the command is killed.
         """
@@ -53,7 +61,7 @@ class Zygote:
             connection.connect(self._address)
             socket.send_fds(connection, [b"."], [out.fileno(), err.fileno()])
             connection.sendall(json.dumps({"args": list(args), "env": dict(env), "cwd": os.getcwd()}).encode() + b"\n")
-            code = _ended(connection.makefile("r"), connection, args, timeout)
+            code = _ended(connection.makefile("r"), connection, args, timeout, started)
             return code, _text(out.fileno()), _text(err.fileno())
 
     def _start(self) -> None:
@@ -62,7 +70,8 @@ class Zygote:
         Path(self._address).unlink(missing_ok=True)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.zygote", self._address],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            cwd=self._root, env={**os.environ, "PYTHONPATH": str(self._root), **self._env},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             preexec_fn=heed_ctrl_c,
         )  # fmt: skip
         assert self._process.stdout and self._process.stdout.readline() == b"ready\n"
@@ -73,8 +82,16 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _ended(answers: TextIO, connection: socket.socket, args: Sequence[str], timeout: float) -> int:
+def _ended(
+    answers: TextIO,
+    connection: socket.socket,
+    args: Sequence[str],
+    timeout: float,
+    started: Callable[[int], None] | None,
+) -> int:
     pid = int(answers.readline())
+    if started:
+        started(pid)
     connection.settimeout(timeout)
     try:
         return int(answers.readline())

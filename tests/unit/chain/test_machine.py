@@ -118,3 +118,9 @@ def test_sizes_are_binary(text: str, size: int) -> None:
 def test_nonsense_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no size"):
         parse_size(text)
+
+
+def test_parse_nested_too_deeply_is_an_error_in_words() -> None:
+    """tomllib recurses; found by scripts/torture (fuzz)."""
+    with pytest.raises(BadMachineFile):
+        parse_machine_file("name = " + "[" * 5000, "deep.toml")

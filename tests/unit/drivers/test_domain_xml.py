@@ -143,3 +143,9 @@ def test_name_and_generation_id_are_replaced_where_they_are() -> None:
 def test_aliases_are_those_of_disks_that_have_one() -> None:
     """libvirt gives them at the start."""
     assert domain_xml.aliases(XML) == {"vda": "virtio-disk0"}
+
+
+def test_memory_that_is_no_number_is_an_error_in_words() -> None:
+    """Found by scripts/torture (fuzz)."""
+    with pytest.raises(DriverFailed, match="no number"):
+        domain_xml.memory_bytes("<domain><memory>much</memory></domain>")

@@ -175,3 +175,14 @@ def test_memory_says_whether_the_guest_ran_at_its_instant(tmp_path: Path, tail: 
     path.write_bytes(bytes(100))
     with path.open("rb") as file:
         assert memory_file.ran(file.fileno()) is False
+
+
+def test_a_record_nested_too_deeply_is_refused() -> None:
+    """Whether reading it or its checksum gives up: an error in words."""
+    for depth in (600, 900, 2000, 100_000):
+        with pytest.raises(RecordDamaged):
+            record.load("catalog", _nested(depth), "deep")
+
+
+def _nested(depth: int) -> bytes:
+    return b'{"diskchain": "catalog", "version": 1, "sha256": "x", "body": ' + b"[" * depth + b"]" * depth + b"}"

@@ -34,7 +34,15 @@ def test_unpack_of_a_changed_copy_gives_nothing(at: int) -> None:
     assert state_copy.unpack(bytes(changed)) is None
 
 
-@pytest.mark.parametrize("data", [b"", bytes(540672), b"[]\n", b'{"crc": 0}\n', b"{\n"])
+WRONG_TABLES = [
+    b'{"crc": 0, "sizes": %s}\n' % text
+    for text in (b"[]", b"1", b'{"a": 1}', b'{"a": {"b": "c"}}', b'{"a": {"b": -1}}')
+]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", bytes(540672), b"[]\n", b'{"crc": 0}\n', b"{\n", b"[" * 100_000 + b"\n", *WRONG_TABLES]
+)
 def test_unpack_of_something_else_gives_nothing(data: bytes) -> None:
     """Space that was reserved and never written to, for one."""
     assert state_copy.unpack(data) is None

@@ -1,0 +1,140 @@
+"""Known bad: copies of diskchain with one safeguard taken out. The same cases and the same oracle must see the damage.
+
+If one of them ends well, the zeros of the other campaigns mean nothing. The copies are made in a temporary directory by
+replacing text; where the text is not there any more the control fails, too.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from scripts.torture_cases.campaign import Campaign, Result, Worker
+from scripts.torture_cases.faults import FaultsWorker, FlushesWorker, ShimTree
+from scripts.torture_cases.tree import EVERY, differing
+from tests.support.rig import ROOT
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """What is replaced: file below diskchain/, text there, text instead."""
+
+    changes: Sequence[tuple[str, str, str]]
+
+    def copy_to(self, directory: Path) -> Path:
+        """Make a copy of the package, and of what it is run with, that is wrong in this way."""
+        shutil.copytree(ROOT / "diskchain", directory / "diskchain", ignore=shutil.ignore_patterns("__pycache__"))
+        (directory / "tests/support").mkdir(parents=True)
+        for name in ("__init__.py", "support/__init__.py", "support/zygote.py"):
+            shutil.copy(ROOT / "tests" / name, directory / "tests" / name)
+        for name, old, new in self.changes:
+            path = directory / "diskchain" / name
+            text = path.read_text()
+            assert text.count(old) == 1, f"{name}: {old!r} stands there {text.count(old)} times"
+            path.write_text(text.replace(old, new))
+        return directory
+
+
+UNLINKED_FIRST = Mutation((
+    (
+        "ops/delete.py",
+        "        await _relink_all(vm, entry, guard)\n        _forget_layers(vm, entry)\n",
+        "        for path in _gone_paths(entry):\n"
+        "            files.unlink_durably(vm.home.disks_dir / path)\n"
+        "        entry.advance('relinked')\n"
+        "        await _relink_all(vm, entry, guard)\n"
+        "        _forget_layers(vm, entry)\n",
+    ),
+))  # fmt: skip
+NO_REPAIR = Mutation((
+    ("ops/merge.py", "    direct = unclean and supports_direct(fold.into.path)\n    if unclean:\n        await make_whole",
+     "    direct = unclean = False\n    if unclean:\n        await make_whole"),
+    ("ops/merge.py", "    alone = _alone(image)\n    if (await qemu_img", "    return\n    if (await qemu_img"),
+    ("ops/merge.py", "    if result.corruptions:\n        raise", "    if False:\n        raise"),
+    ("ops/methods.py", '    return "clone" if mean_run', '    return "commit"\n    return "clone" if mean_run'),
+))  # fmt: skip
+NO_SHARERS = Mutation((("ops/sharers.py", "    if users:\n", "    if users and False:\n"),))
+
+
+class Controls(Campaign):
+    """Safeguards taken out: each must be seen."""
+
+    name: ClassVar[str] = "controls"
+    unit: ClassVar[str] = "must be caught"
+    counts: ClassVar[tuple[int, int, int]] = (3, 3, 3)
+
+    def cases(self) -> Iterator[str]:
+        yield from CONTROLS
+
+    def worker(self, place: Path) -> Worker:
+        return ControlsWorker(self.seed, place)
+
+
+class ControlsWorker(Worker):
+    """A copy of diskchain for each control."""
+
+    def __init__(self, seed: int, place: Path) -> None:
+        self._seed, self._place = seed, place
+
+    def run(self, case: str) -> Result:
+        shutil.rmtree(self._place, ignore_errors=True)
+        root = CONTROLS[case].copy_to(self._place / "copy")
+        tree = ShimTree(self._place / "tree", root)
+        try:
+            seen = {"unlinked-first": unlinked_first, "no-repair": no_repair, "shared-base": shared_base}[case](
+                tree, self._seed
+            )
+        finally:
+            tree.close()
+        if seen is None:
+            return Result(case, wrong=["was not caught: the other figures mean nothing"])
+        return Result(case, note=f"caught: {seen.note}: {seen.wrong[0]}, {seen.lost} bytes lost")
+
+    def close(self) -> None:
+        shutil.rmtree(self._place, ignore_errors=True)
+
+
+CONTROLS: Mapping[str, Mutation] = {
+    "unlinked-first": UNLINKED_FIRST,
+    "no-repair": NO_REPAIR,
+    "shared-base": NO_SHARERS,
+}
+
+
+def unlinked_first(tree: ShimTree, seed: int) -> Result | None:
+    """Layers go before what stands on them is relinked: a kill in between must be seen."""
+    worker, name = FaultsWorker(tree), "delete-with-survivor"
+    for n in range(tree.count(EVERY[name]), 0, -1):
+        result = worker.run(f"{name}:{n}:kill")
+        if result.wrong and result.lost:
+            return result
+    return None
+
+
+def no_repair(tree: ShimTree, seed: int) -> Result | None:
+    """A failed fdatasync of qemu-img in its default cache mode, no check, no repair, no O_DIRECT, then the guest writes."""
+    worker = FlushesWorker(seed, tree)
+    for name in ("delete-into-now", "delete-with-survivor", "delete-fork-copy", "accept"):
+        for n in range(1, tree.count(EVERY[name], syncs_only=True) + 1):
+            result = worker.run(f"{name}:{n}:EIO:0")
+            if result.wrong:
+                return result
+    return None
+
+
+def shared_base(tree: ShimTree, seed: int) -> Result | None:
+    """Somebody else's overlay stands on the layer that is merged into; what it shows must not change unseen."""
+    rig, command = tree.rig, EVERY["delete-into-now"]
+    tree.restore(command)
+    layer = rig.snapshots()["s1"]["vda"]
+    sibling = rig.dir / "sibling"
+    rig.qemu_img("create", "-q", "-f", "qcow2", "-b", str(layer), "-F", rig.fmt(layer), str(sibling))
+    before, answer = rig.digest(sibling), rig.run(*command.args)
+    after = rig.digest(sibling)
+    if answer.code != 0 or after == before:
+        return None
+    lost = differing((rig.flat / before).read_bytes(), (rig.flat / after).read_bytes())
+    return Result("", wrong=["somebody else's overlay shows something else"], lost=lost, note="delete s3")

@@ -1,0 +1,161 @@
+"""Random SIGKILL of diskchain, of its qemu-img, of both, at random times in every command, the recovery included.
+
+A case is a number: it chooses the command, who is killed when (as a share of the command's usual time), and how many
+recoveries are killed before the last. The machine may run on elsewhere: times are not exactly repeatable, the rest is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from scripts.torture_cases.campaign import Campaign, Result, Worker
+from scripts.torture_cases.tree import EVERY, Tree
+from tests.support.rig import Answer
+from tests.support.zygote import Zygote
+
+WHO = ("diskchain", "child", "both")
+
+
+@dataclass(frozen=True)
+class Shot:
+    """Who is killed; after which share of the usual time, or (`nth`) a moment after the n-th child appeared."""
+
+    who: str
+    share: float
+    nth: int
+    delay: float
+
+    @classmethod
+    def at_random(cls, rng: random.Random) -> Shot:
+        """Half of all shots wait for a child: moving data is quick with disks this small, and would be missed."""
+        nth = rng.randrange(1, 30) if rng.random() < 0.5 else 0
+        return cls(rng.choice(WHO), rng.random(), nth, rng.random() * 0.02)
+
+
+class Killer(threading.Thread):
+    """Waits for the right moment in a command's life."""
+
+    def __init__(self, pid: int, shot: Shot, usual: float) -> None:
+        super().__init__(daemon=True)
+        self._pid, self._shot, self._usual, self.hit, self._over = pid, shot, usual, False, threading.Event()
+        self._fd = os.pidfd_open(pid)
+
+    def run(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if self._shot.nth:
+                self._await_child()
+            elif self._over.wait(self._shot.share * self._usual):
+                return
+            self._shoot()
+
+    def end(self) -> bool:
+        """The command is over; return whether anybody was hit."""
+        self._over.set()
+        self.join()
+        os.close(self._fd)
+        return self.hit
+
+    def _await_child(self) -> None:
+        seen: set[int] = set()
+        while len(seen) < self._shot.nth and not self._over.is_set():
+            seen.update(children(self._pid))
+            time.sleep(0.0005)
+        self._over.wait(self._shot.delay)
+
+    def _shoot(self) -> None:
+        if self._over.is_set():
+            return
+        targets = children(self._pid) if self._shot.who != "diskchain" else []
+        if self._shot.who == "child":
+            while not targets and not self._over.wait(0.0005):
+                targets = children(self._pid)
+        for pid in targets:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                self.hit = True
+        if self._shot.who != "child":
+            signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+            self.hit = True
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of a process, those of all its threads."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(word) for word in path.read_text().split()]
+    return found
+
+
+class Kills(Campaign):
+    """SIGKILL at random times."""
+
+    name: ClassVar[str] = "kills"
+    unit: ClassVar[str] = "kills"
+    counts: ClassVar[tuple[int, int, int]] = (60, 1000, 5000)
+
+    def cases(self) -> Iterator[str]:
+        return (str(n) for n in itertools.count())
+
+    def worker(self, place: Path) -> Worker:
+        return KillsWorker(self.seed, Tree(place, Zygote()))
+
+
+class KillsWorker(Worker):
+    """One tree, shot at again and again."""
+
+    def __init__(self, seed: int, tree: Tree) -> None:
+        self._seed, self._tree, self._usual = seed, tree, dict[str, float]()
+
+    def run(self, case: str) -> Result:
+        rng = random.Random(f"kills {self._seed} {case}")
+        name = rng.choice(sorted(EVERY))
+        command = EVERY[name]
+        usual = self._usual_time(name)
+        self._tree.restore(command)
+        shots = [Shot.at_random(rng)]
+        while rng.random() < 0.4:
+            shots.append(Shot.at_random(rng))
+        answer, hit = self._shot_at(command.args, shots[0], usual)
+        hits = int(hit)
+        for shot in shots[1:] if hit else ():
+            hits += self._shot_at(("recover", "vm"), shot, usual)[1]
+        wrong, lost, silent, stuck = self._tree.recovered(command, answer)
+        note = f"{name}: {shots}, the command ended with {answer.code}"
+        return Result(case, bool(hits), wrong, lost, silent, stuck, hits, note)
+
+    def _usual_time(self, name: str) -> float:
+        if name not in self._usual:
+            self._tree.restore(EVERY[name])
+            began = time.monotonic()
+            self._tree.rig.ok(*EVERY[name].args)
+            self._usual[name] = time.monotonic() - began
+            assert self._tree.seen(EVERY[name], done=True) == []
+        return self._usual[name]
+
+    def _shot_at(self, args: Sequence[str], shot: Shot, usual: float) -> tuple[Answer, bool]:
+        killers: list[Killer] = []
+
+        def started(pid: int) -> None:
+            killers.append(Killer(pid, shot, usual))
+            killers[0].start()
+
+        rig = self._tree.rig
+        answer = Answer(*rig.zygote.run(args, rig.env, 150, started))
+        return answer, killers[0].end()
+
+    def keep(self, to: Path) -> None:
+        self._tree.keep(to)
+
+    def close(self) -> None:
+        self._tree.close()
