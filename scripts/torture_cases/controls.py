@@ -7,7 +7,8 @@ replacing text; where the text is not there any more the control fails, too.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +16,8 @@ from typing import ClassVar
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.faults import FaultsWorker, FlushesWorker, ShimTree
 from scripts.torture_cases.tree import EVERY, differing
-from tests.support.rig import ROOT
+from tests.support.console import Console
+from tests.support.rig import ROOT, MiB, Rig
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Controls(Campaign):
 
     name: ClassVar[str] = "controls"
     unit: ClassVar[str] = "must be caught"
-    counts: ClassVar[tuple[int, int, int]] = (3, 3, 3)
+    counts: ClassVar[tuple[int, int, int]] = (4, 4, 4)
 
     def cases(self) -> Iterator[str]:
         yield from CONTROLS
@@ -81,27 +83,21 @@ class ControlsWorker(Worker):
 
     def run(self, case: str) -> Result:
         shutil.rmtree(self._place, ignore_errors=True)
-        root = CONTROLS[case].copy_to(self._place / "copy")
-        tree = ShimTree(self._place / "tree", root)
-        try:
-            seen = {"unlinked-first": unlinked_first, "no-repair": no_repair, "shared-base": shared_base}[case](
-                tree, self._seed
-            )
-        finally:
-            tree.close()
+        seen = changed_disks(self._place) if case == "changed-disks" else self._on_a_copy(case)
         if seen is None:
             return Result(case, wrong=["was not caught: the other figures mean nothing"])
         return Result(case, note=f"caught: {seen.note}: {seen.wrong[0]}, {seen.lost} bytes lost")
 
+    def _on_a_copy(self, case: str) -> Result | None:
+        mutation, look = COPIES[case]
+        tree = ShimTree(self._place / "tree", mutation.copy_to(self._place / "copy"))
+        try:
+            return look(tree, self._seed)
+        finally:
+            tree.close()
+
     def close(self) -> None:
         shutil.rmtree(self._place, ignore_errors=True)
-
-
-CONTROLS: Mapping[str, Mutation] = {
-    "unlinked-first": UNLINKED_FIRST,
-    "no-repair": NO_REPAIR,
-    "shared-base": NO_SHARERS,
-}
 
 
 def unlinked_first(tree: ShimTree, seed: int) -> Result | None:
@@ -138,3 +134,36 @@ def shared_base(tree: ShimTree, seed: int) -> Result | None:
         return None
     lost = differing((rig.flat / before).read_bytes(), (rig.flat / after).read_bytes())
     return Result("", wrong=["somebody else's overlay shows something else"], lost=lost, note="delete s3")
+
+
+def changed_disks(place: Path) -> Result | None:
+    """Memory is loaded onto a disk that somebody changed in place, which no fingerprint shows: the guest must see it."""
+    rig = Rig(place / "vm", size=64 * MiB)
+    try:
+        rig.build(guest=True)
+        rig.ok("start", "vm")
+        with Console(rig.console()) as console:
+            console.wait(r"^C 50 bad=")
+            frozen = rig.active()["vda"]
+            rig.ok("create", "vm", "s", "--memory")
+            rig.ok("stop", "vm", "--force", "-y")
+            subprocess.run(
+                ["qemu-io", "-f", "qcow2", "-c", "write -P 7 8 1", str(frozen)], check=True, capture_output=True
+            )
+            mark = console.mark()
+            rig.ok("revert", "vm", "s", "--discard", "-y")
+            found = console.wait(r"^C MISMATCH mem=\d+ .*", after=mark)
+            return Result("", wrong=[found.string.strip()], note="revert s")
+    except AssertionError:
+        return None
+    finally:
+        rig.destroy()
+
+
+Look = Callable[[ShimTree, int], Result | None]
+COPIES: Mapping[str, tuple[Mutation, Look]] = {
+    "unlinked-first": (UNLINKED_FIRST, unlinked_first),
+    "no-repair": (NO_REPAIR, no_repair),
+    "shared-base": (NO_SHARERS, shared_base),
+}
+CONTROLS = (*COPIES, "changed-disks")

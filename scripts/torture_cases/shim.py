@@ -1,4 +1,4 @@
-"""shim.c: build it, tell it what to do, read what it logged."""
+"""shim.c: build it (also by `python -m scripts.torture_cases.shim`), tell it what to do, read what it logged."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import mmap
+import os
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -27,12 +28,13 @@ class _Control(ctypes.Structure):
 
 
 @functools.cache
-def library(directory: Path) -> Path:
-    """Return the shim, built in this directory if it is not there yet."""
+def library() -> Path:
+    """Return the shim, built if it is not there yet."""
+    directory = Path(__file__).resolve().parents[2] / ".cache/torture"
     path = directory / f"shim-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]}.so"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        made = path.with_suffix(".new")
+        made = path.with_suffix(f".{os.getpid()}")
         argv = ["gcc", "-O1", "-shared", "-fPIC", "-o", str(made), str(SOURCE), "-ldl", "-pthread"]
         subprocess.run(argv, check=True)
         made.rename(path)
@@ -44,7 +46,7 @@ class Shim:
 
     def __init__(self, place: Path, directory: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        self.library, self.control, self.log = library(place.parent), place / "control", place / "log"
+        self.library, self.control, self.log = library(), place / "control", place / "log"
         self.control.write_bytes(bytes(ctypes.sizeof(_Control)))
         with self.control.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
@@ -104,3 +106,7 @@ def _records(data: bytes) -> Iterator[Record]:
             data[names + path : names + path + other].decode(), data[names + path + other : at + size],
         )  # fmt: skip
         at += size
+
+
+if __name__ == "__main__":
+    library()

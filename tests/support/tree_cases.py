@@ -67,12 +67,16 @@ def judge(rig: Rig, case: Case) -> list[str]:
         best = wrong if best is None or len(wrong) < len(best) else best
         if not wrong:
             break
-    best = [w for w in best or [] if w not in {f"orphan {name}" for name in case.let_go}]
+    best = _without_let_go(best or [], case)
     names = set(rig.snapshots())
     done = {n in names for n in case.done} | {n not in names for n in case.gone}
     if len(done) > 1:
-        best = [*(best or []), f"half done: {sorted(names)}"]
-    return best or []
+        best = [*best, f"half done: {sorted(names)}"]
+    return best
+
+
+def _without_let_go(wrong: list[str], case: Case) -> list[str]:
+    return [w for w in wrong if w not in {f"orphan {name}" for name in case.let_go}]
 
 
 def not_done(rig: Rig, case: Case) -> list[str]:
@@ -80,6 +84,6 @@ def not_done(rig: Rig, case: Case) -> list[str]:
     names = set(rig.snapshots())
     wrong = [f"done, but no {n}" for n in case.done if n not in names]
     wrong += [f"done, but {n} is still there" for n in case.gone if n in names]
-    if rig.verdict(present=case.presents[-1]):
+    if _without_let_go(rig.verdict(present=case.presents[-1]), case):
         wrong += [f"done, but the present is not {case.presents[-1]}"]
     return wrong
