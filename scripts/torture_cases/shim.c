@@ -26,7 +26,7 @@
 #include <unistd.h>
 
 enum { COUNT, KILL, KILL_ALL, FAIL, LOG };
-enum { WRITE = 1, TRUNCATE, SYNC, DATASYNC, CREATE, RENAME, LINK, UNLINK, MKDIR, RMDIR, SYMLINK, ZERO };
+enum { WRITE = 1, TRUNCATE, SYNC, DATASYNC, CREATE, RENAME, LINK, UNLINK, MKDIR, RMDIR, SYMLINK, ZERO, NAMELESS };
 
 struct control {
     uint64_t counter;  /* calls so far */
@@ -254,7 +254,17 @@ static int opened(const char *symbol, int dir, const char *name, int flags, mode
     int is_at = strstr(symbol, "at") != NULL;
 #define CALL (is_at ? ((at)real(symbol))(dir, name, flags, mode) : ((plain)real(symbol))(name, flags, mode))
     char path[PATH_MAX];
-    if (!armed() || !(flags & (O_CREAT | O_TRUNC)) || (flags & O_TMPFILE) == O_TMPFILE || !path_at(dir, name, path)) return CALL;
+    int nameless = (flags & O_TMPFILE) == O_TMPFILE;
+    if (!armed() || !(nameless || flags & (O_CREAT | O_TRUNC)) || !path_at(dir, name, path)) return CALL;
+    if (nameless) {
+        int got = CALL;
+        if (got >= 0 && shared->action == LOG) {
+            lock();
+            note_fd(NAMELESS, got, 0, 0, NULL, 0);
+            unlock();
+        }
+        return got;
+    }
     int64_t before = inode_of(path);
     if (!before ? !(flags & O_CREAT) : !(flags & O_TRUNC)) return CALL;
     if (shared->action != LOG) return hit("open", 0) ? -1 : CALL;

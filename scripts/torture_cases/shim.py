@@ -15,7 +15,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("shim.c")
 COUNT, KILL, KILL_ALL, FAIL, LOG = range(5)
-WRITE, TRUNCATE, SYNC, DATASYNC, CREATE, RENAME, LINK, UNLINK, MKDIR, RMDIR, SYMLINK, ZERO = range(1, 13)
+WRITE, TRUNCATE, SYNC, DATASYNC, CREATE, RENAME, LINK, UNLINK, MKDIR, RMDIR, SYMLINK, ZERO, NAMELESS = range(1, 14)
 
 
 class _Control(ctypes.Structure):

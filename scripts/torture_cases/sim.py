@@ -92,6 +92,8 @@ class Disk:
                 node = self._inodes[record.inode]
                 node.pending.append(record)
                 node.later_mtime = record.mtime
+            elif record.kind == shim.NAMELESS:  # O_TMPFILE: gone with whoever has it open
+                self._inodes[record.inode] = Node(None)
             else:
                 self._name(record)
 
