@@ -153,7 +153,7 @@ class HistoriesWorker(Worker):
                 else frozenset[str]()
             )
             events.append(Event(what, name, begun, ended if code not in (3, -9) else FOREVER, code, seen))
-            problems += undocumented(answer)
+            problems += undocumented(answer) if code != 4 else []  # 4: somebody else had deleted it
 
     def _run(self, args: Sequence[str], shot: Shot | None) -> Answer:
         rig, killers = self._tree.rig, list[Killer]()
