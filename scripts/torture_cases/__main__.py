@@ -73,7 +73,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def carry_out(campaigns: Sequence[Campaign], options: argparse.Namespace, state: State) -> None:
     """Run the campaigns one after the other, or with --hours in turns until the time is over."""
     deadline = time.monotonic() + options.hours * 3600 if options.hours else float("inf")
-    run = Run(state, CACHE / "failures", 1 if options.case else options.jobs, deadline)
+    run = Run(state, CACHE / "failures", 1 if options.case else options.jobs, deadline, bool(options.case))
     if not options.hours:
         for campaign in campaigns:
             wanted = options.count or campaign.counts[0 if options.quick else 1]

@@ -111,6 +111,7 @@ class Run:
     failures: Path
     jobs: int
     deadline: float
+    talk: bool = False  # about cases that end well, too
 
     def carry_out(self, campaign: Campaign, wanted: int, *, only: Iterable[str] = ()) -> None:
         """Carry out cases until so many have hit, old ones included, or there are no more, or the time is over."""
@@ -132,6 +133,8 @@ class Run:
                 self.state.add(campaign, result)
                 if result.wrong or result.stuck:
                     self._tell(campaign, worker, result)
+                elif self.talk:
+                    print(f"{campaign.name} {case}: {result.note or 'well'}", flush=True)
         finally:
             if worker:
                 worker.close()

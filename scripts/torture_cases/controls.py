@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -103,10 +103,11 @@ class ControlsWorker(Worker):
 def unlinked_first(tree: ShimTree, seed: int) -> Result | None:
     """Layers go before what stands on them is relinked: a kill in between must be seen."""
     worker, name = FaultsWorker(tree), "delete-with-survivor"
-    for n in range(tree.count(EVERY[name]), 0, -1):
+    total = tree.count(EVERY[name])
+    for n in sorted(range(1, total + 1), key=lambda n: abs(n - total * 2 // 3)):  # that is about where it is
         result = worker.run(f"{name}:{n}:kill")
         if result.wrong and result.lost:
-            return result
+            return replace(result, note=f"{result.case}, {result.note}")
     return None
 
 
@@ -117,7 +118,7 @@ def no_repair(tree: ShimTree, seed: int) -> Result | None:
         for n in range(1, tree.count(EVERY[name], syncs_only=True) + 1):
             result = worker.run(f"{name}:{n}:EIO:0")
             if result.wrong:
-                return result
+                return replace(result, note=f"{result.case}, {result.note}")
     return None
 
 
@@ -125,7 +126,7 @@ def shared_base(tree: ShimTree, seed: int) -> Result | None:
     """Somebody else's overlay stands on the layer that is merged into; what it shows must not change unseen."""
     rig, command = tree.rig, EVERY["delete-into-now"]
     tree.restore(command)
-    layer = rig.snapshots()["s1"]["vda"]
+    layer = rig.snapshots()["s3"]["vda"]
     sibling = rig.dir / "sibling"
     rig.qemu_img("create", "-q", "-f", "qcow2", "-b", str(layer), "-F", rig.fmt(layer), str(sibling))
     before, answer = rig.digest(sibling), rig.run(*command.args)

@@ -159,10 +159,11 @@ class HistoriesWorker(Worker):
         rig, killers = self._tree.rig, list[Killer]()
 
         def started(pid: int) -> None:
-            killers.append(Killer(pid, shot, 0.5))  # type: ignore[arg-type]
-            killers[0].start()
+            if shot:
+                killers.append(Killer(pid, shot, 0.5))
+                killers[0].start()
 
-        answer = Answer(*rig.zygote.run(args, rig.env, 150, started if shot else None))
+        answer = Answer(*rig.zygote.run(args, rig.env, 150, started))
         for killer in killers:
             killer.end()
         return answer

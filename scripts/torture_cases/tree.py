@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.rig import Answer, MiB, Rig
-from tests.support.tree_cases import ALSO, CASES, Case, grow, judge, not_done
+from tests.support.tree_cases import ALSO, CASES, Case, grow, judge, not_done, not_undone
 from tests.support.zygote import Zygote
 
 _HASHED: dict[
@@ -21,6 +21,7 @@ _HASHED: dict[
 ] = {}  # files are looked at when nobody writes, and not put back so quickly
 EVERY = {**CASES, **ALSO}
 SIZE = 8 * MiB
+UNCHANGED = (1, 4, 5, 6, 7, 8)  # exit codes that say that nothing changed (docs/exit-codes.md)
 
 
 class TreeRig(Rig):
@@ -142,14 +143,17 @@ class Tree:
         """After a fault in a command that answered so: recover, and look; return (wrong, lost, silent, stuck)."""
         recovered = self.rig.run("recover", "vm")
         wrong = [] if recovered.code == 0 else [f"recover ended with {recovered.code}: {recovered.err.strip()}"]
-        seen = self.seen(case, done=answer.code == 0)
+        seen = self.seen(case, answer.code)
         lost = self.rig.lost(case) if any("content" in w or "qemu-img" in w for w in seen) else 0
         return [*wrong, *seen], lost, bool(seen) and not wrong, bool(wrong)
 
-    def seen(self, case: Case, *, done: bool) -> list[str]:
-        """What is wrong with the contents and the files."""
+    def seen(self, case: Case, code: int) -> list[str]:
+        """What is wrong with the contents and the files, and with what the command's exit code promised."""
         try:
-            return judge(self.rig, case) + (not_done(self.rig, case) if done else [])
+            promised = (
+                not_done(self.rig, case) if code == 0 else not_undone(self.rig, case) if code in UNCHANGED else []
+            )
+            return judge(self.rig, case) + promised
         except (AssertionError, OSError, ValueError, KeyError) as error:
             return [f"can't be read: content, {type(error).__name__}: {error}"]
 

@@ -79,6 +79,16 @@ def _without_let_go(wrong: list[str], case: Case) -> list[str]:
     return [w for w in wrong if w not in {f"orphan {name}" for name in case.let_go}]
 
 
+def not_undone(rig: Rig, case: Case) -> list[str]:
+    """What was done all the same, given that the command said that nothing is changed."""
+    names = set(rig.snapshots())
+    wrong = [f"nothing changed, but {n} is there" for n in case.done if n in names]
+    wrong += [f"nothing changed, but {n} is gone" for n in case.gone if n not in names]
+    if _without_let_go(rig.verdict(present=case.presents[0]), case):
+        wrong += [f"nothing changed, but the present is not {case.presents[0]}"]
+    return wrong
+
+
 def not_done(rig: Rig, case: Case) -> list[str]:
     """What is missing, given that the command said that it is done."""
     names = set(rig.snapshots())
