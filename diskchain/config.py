@@ -95,7 +95,7 @@ def load_config(path: Path | None = None, env: Mapping[str, str] = os.environ) -
 def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError
         why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{file}: {why}", hint="correct the file or name another with --config") from None
 

@@ -216,7 +216,7 @@ def parse_machine_file(text: str, source: str) -> Machine:
     file = _File(text, source)
     try:
         data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is no TOMLDecodeError
         raise BadMachineFile(f"{source} is not valid TOML: {error}", hint="docs/machine-file.md has examples") from None
     disks, nets = data.pop("disk", None), data.pop("net", None)
     values = _checked(file, data, _MACHINE_KEYS)

@@ -28,7 +28,8 @@ class MemoryRig(Rig):
         self.started, self._programs = place / "started", place / "bin"
         self._programs.mkdir(parents=True)
         real = shutil.which("qemu-system-x86_64")
-        (self._programs / "qemu-system-x86_64").write_text(f'#!/bin/sh\n: >"{self.started}"\nexec {real} "$@"\n')
+        mark = f'case "$*" in *guest=vm*) : >"{self.started}" ;; esac'  # not when it is only asked what it can
+        (self._programs / "qemu-system-x86_64").write_text(f'#!/bin/sh\n{mark}\nexec {real} "$@"\n')
         (self._programs / "qemu-system-x86_64").chmod(0o755)
 
     @property
