@@ -86,8 +86,8 @@ _UNIT = {None: 1, "K": KiB, "M": MiB, "G": GiB, "T": 1024 * GiB}
 def parse_size(text: str) -> int:
     """Given `1 GiB`, `512M` or a plain number of bytes, return bytes (binary units). Raise ValueError."""
     match = _SIZE.fullmatch(text)
-    if not match:
-        raise ValueError(f"{text!r} is no size; write for example 512M or 1 GiB")
+    if not match or len(text) > 40:  # a float holds no more than 309 digits
+        raise ValueError(f"{text[:40]!r} is no size; write for example 512M or 1 GiB")
     return int(float(match[1]) * _UNIT[match[2].upper() if match[2] else None])
 
 

@@ -120,6 +120,12 @@ def test_nonsense_sizes_are_refused(text: str) -> None:
         parse_size(text)
 
 
+def test_size_without_end_is_no_size() -> None:
+    """Found by scripts/torture (fuzz): a float that is infinite."""
+    with pytest.raises(ValueError, match="no size"):
+        parse_size("9" * 4000)
+
+
 @pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000])
 def test_parse_nested_too_deeply_or_a_number_without_end_is_an_error_in_words(value: str) -> None:
     """tomllib recurses, int() has a limit; found by scripts/torture (fuzz)."""
