@@ -31,7 +31,7 @@ KINDS = {
     "ENOSPC-sticky": (shim.FAIL, errno.ENOSPC, True),
 }
 DOCUMENTED = {0, 1, 3, 5, 6, 7, 8, 12, -signal.SIGKILL}
-AGAIN = 0.25  # share of the cases whose recovery meets a fault, too
+AGAIN = 0.75  # share of the kills whose recovery meets a fault, too
 
 
 class ShimTree(Tree):
@@ -65,30 +65,38 @@ class Faults(Campaign):
     name: ClassVar[str] = "faults"
     unit: ClassVar[str] = "points"
     counts: ClassVar[tuple[int, int, int]] = (60, 1000, 2000)
-    commands: ClassVar[Sequence[str]] = tuple(EVERY)
 
     def cases(self) -> Iterator[str]:
-        rng = random.Random(f"{self.name} {self.seed}")
-        every = list(self._points())
-        rng.shuffle(every)
-        for case in every:
-            kills = case.split(":")[2].startswith("kill")
-            second = (
-                f"+{rng.randrange(1, 40)}:{rng.choice(sorted(KINDS))}" if kills and rng.random() < 3 * AGAIN else ""
-            )
-            yield case + second
-
-    def _points(self) -> Iterator[str]:
         tree = ShimTree(self.place / f"{self.name}-count")
         try:
-            for name in self.commands:
-                for n in range(1, tree.count(EVERY[name]) + 1):
-                    yield from (f"{name}:{n}:{kind}" for kind in KINDS)
+            every = points(tree, tuple(EVERY))
         finally:
             tree.close()
+        yield from shuffled(every, random.Random(f"{self.name} {self.seed}"))
 
     def worker(self, place: Path) -> Worker:
         return FaultsWorker(ShimTree(place))
+
+
+def points(tree: ShimTree, names: Sequence[str]) -> list[str]:
+    """Return every call of these commands with every kind of fault."""
+    counts = {name: tree.count(EVERY[name]) for name in names}
+    return [f"{name}:{n}:{kind}" for name, count in counts.items() for n in range(1, count + 1) for kind in KINDS]
+
+
+def shuffled(every: list[str], rng: random.Random) -> Iterator[str]:
+    """Yield them in some order, some of the kills with another fault in the recovery."""
+    rng.shuffle(every)
+    for case in every:
+        again = case.split(":")[2].startswith("kill") and rng.random() < AGAIN
+        yield case + (f"+{rng.randrange(1, 40)}:{rng.choice(sorted(KINDS))}" if again else "")
+
+
+def sync_points(tree: ShimTree, names: Sequence[str]) -> list[str]:
+    """Return every sync of these commands with every way to fail."""
+    counts = {name: tree.count(EVERY[name], syncs_only=True) for name in names}
+    kinds = ("EIO", "EIO-sticky", "ENOSPC")
+    return [f"{name}:{n}:{kind}" for name, count in counts.items() for n in range(1, count + 1) for kind in kinds]
 
 
 class FaultsWorker(Worker):
@@ -133,18 +141,12 @@ class Flushes(Campaign):
     name: ClassVar[str] = "flushes"
     unit: ClassVar[str] = "failed fsyncs"
     counts: ClassVar[tuple[int, int, int]] = (15, 200, 500)
-    commands: ClassVar[Sequence[str]] = tuple(EVERY)
 
     def cases(self) -> Iterator[str]:
         """Each sync of each command, then all of them with other writes of the guest."""
         tree = ShimTree(self.place / f"{self.name}-count")
         try:
-            found = [
-                f"{name}:{n}:{kind}"
-                for name in self.commands
-                for n in range(1, tree.count(EVERY[name], syncs_only=True) + 1)
-                for kind in ("EIO", "EIO-sticky", "ENOSPC")
-            ]
+            found = sync_points(tree, tuple(EVERY))
         finally:
             tree.close()
         random.Random(f"{self.name} {self.seed}").shuffle(found)
