@@ -21,7 +21,7 @@ from typing import Any
 
 from diskchain.chain.deletion import Deletion, Fold, Pull, moved, without_snapshots
 from diskchain.chain.model import Catalog, Image, Memory
-from diskchain.errors import Busy, DiskchainError, Unfinished, VMRunning
+from diskchain.errors import Busy, ChainDamaged, DiskchainError, HostileImage, Unfinished, VMRunning
 from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
@@ -113,7 +113,20 @@ def moves_data(entry: Entry) -> bool:
 
 
 async def carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
-    """Go on from whatever state the entry is in, to the end."""
+    """Go on from whatever state the entry is in, to the end. Raise Unfinished for every failure of a disk or a program:
+    the snapshots may be gone already. (Busy, VMRunning, ChainDamaged say themselves what is to be done.)
+    """
+    try:
+        return await _carry_out(vm, entry, progress)
+    except (Unfinished, Busy, VMRunning, ChainDamaged, HostileImage):
+        raise
+    except (DiskchainError, OSError) as error:
+        text = error.message if isinstance(error, DiskchainError) else str(error)
+        raise Unfinished(f"the delete stopped: {text}; nothing is lost",
+                         hint=f"put right the cause, then: diskchain recover {vm.name}") from error  # fmt: skip
+
+
+async def _carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
     merged: list[Merged] = []
     if entry.state == "intent":
         _tombstone(vm, entry)

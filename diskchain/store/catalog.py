@@ -68,13 +68,14 @@ class Home:
         """Make sure of 1 MiB that a delete can fall back on when the volume is full; quietly nothing when it is."""
         if self.reserve.exists() and self.reserve.stat().st_blocks * 512 >= _RESERVE:
             return
-        fd = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, _RESERVE)
-        except OSError:
-            os.ftruncate(fd, 0)
-        finally:
-            os.close(fd)
+        with contextlib.suppress(OSError):
+            fd = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, _RESERVE)
+            except OSError:
+                os.ftruncate(fd, 0)
+            finally:
+                os.close(fd)
 
     def release_reserve(self) -> None:
         """Give the reserve back to the volume, so that records can be written at 0 bytes free."""

@@ -55,6 +55,14 @@ class Entry:
             files.fsync_dir(self.home.journal)
             point(f"{self.op}.done.after")
 
+    def withdraw(self) -> None:
+        """Take back an entry that could not be opened. Raise Unfinished when it can't be taken back either."""
+        with contextlib.suppress(DiskchainError, OSError):
+            files.unlink_durably(self._path)
+        if self._path.exists():
+            raise Unfinished("the operation had hardly begun when the disk failed",
+                             hint="put right the cause, then: diskchain recover") from None  # fmt: skip
+
     @property
     def _path(self) -> Any:
         return self.home.journal / f"{self.id}.json"
@@ -70,7 +78,11 @@ def begin(home: Home, op: str, entry_id: str, started: str, data: Mapping[str, A
     if is_open(home):
         raise Unfinished("an earlier operation on this VM was interrupted", hint="diskchain recover")
     entry = Entry(home, op, entry_id, "intent", dict(data), started)
-    entry.advance("intent")
+    try:
+        entry.advance("intent")
+    except (DiskchainError, OSError):
+        entry.withdraw()  # it may be there, though it could not be synced: recovery would carry out what failed
+        raise
     return entry
 
 

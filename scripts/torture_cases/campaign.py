@@ -8,6 +8,7 @@ import re
 import subprocess
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +129,7 @@ class Run:
             while time.monotonic() < self.deadline and (case := queue.next(wanted)) is not None:
                 worker = worker or campaign.worker(campaign.place / f"{campaign.name}-{number}")
                 began = time.monotonic()
-                result = replace(worker.run(case), seconds=round(time.monotonic() - began, 3))
+                result = replace(_tried(worker, case), seconds=round(time.monotonic() - began, 3))
                 queue.ended(result.hit)
                 self.state.add(campaign, result)
                 if result.wrong or result.stuck:
@@ -147,6 +148,13 @@ class Run:
             f"{campaign.name} {result.case}: {'; '.join(result.wrong)}\n  {result.note}\n  kept: {kept}\n  again: {again}",
             flush=True,
         )
+
+
+def _tried(worker: Worker, case: str) -> Result:
+    try:
+        return worker.run(case)
+    except Exception:  # one case that can't be judged is a failure, and no reason to lose the others
+        return Result(case, wrong=["could not be judged"], note=traceback.format_exc(limit=-6))
 
 
 class _Queue:

@@ -83,3 +83,25 @@ def test_error_at_every_step_ends_documented_and_recover_puts_it_right(
         print(f" [{len(tried)} of {len(points)} points, ends {ends}]", end="")
     assert not wrong, "\n".join(wrong)
     assert len(points) >= at_least
+
+
+def test_delete_that_fails_after_its_snapshots_are_gone_is_unfinished(line: tuple[Rig, Path]) -> None:
+    """Not exit 1, which says that nothing changed (found by scripts/torture, faults)."""
+    rig, template = line
+    rig.restore_template(template)
+    check_error(
+        rig.run("--json", "delete", "vm", "s1", "-y", fault="fail:delete.trashed"), code=3, says="diskchain recover"
+    )
+    assert "s1" not in rig.snapshots()
+    rig.ok("recover", "vm")
+    assert judge(rig, {"now"}, "s1") == []
+
+
+def test_journal_entry_that_can_not_be_synced_is_taken_back(line: tuple[Rig, Path]) -> None:
+    """The command says that nothing changed: no later recovery carries it out."""
+    rig, template = line
+    rig.restore_template(template)
+    check_error(rig.run("--json", "delete", "vm", "s1", "-y", fault="fail:delete.intent.after"), code=1)
+    assert not rig.journal()
+    rig.ok("recover", "vm")
+    assert "s1" in rig.snapshots() and judge(rig, {"now"}, "s1") == []

@@ -67,7 +67,7 @@ def judge(rig: Rig, case: Case) -> list[str]:
         best = wrong if best is None or len(wrong) < len(best) else best
         if not wrong:
             break
-    best = _without_let_go(best or [], case)
+    best = without_let_go(best or [], case)
     names = set(rig.snapshots())
     done = {n in names for n in case.done} | {n not in names for n in case.gone}
     if len(done) > 1:
@@ -75,7 +75,8 @@ def judge(rig: Rig, case: Case) -> list[str]:
     return best
 
 
-def _without_let_go(wrong: list[str], case: Case) -> list[str]:
+def without_let_go(wrong: list[str], case: Case) -> list[str]:
+    """Leave out what is no orphan, because it was somebody else's to begin with."""
     return [w for w in wrong if w not in {f"orphan {name}" for name in case.let_go}]
 
 
@@ -84,7 +85,7 @@ def not_undone(rig: Rig, case: Case) -> list[str]:
     names = set(rig.snapshots())
     wrong = [f"nothing changed, but {n} is there" for n in case.done if n in names]
     wrong += [f"nothing changed, but {n} is gone" for n in case.gone if n not in names]
-    if _without_let_go(rig.verdict(present=case.presents[0]), case):
+    if without_let_go(rig.verdict(present=case.presents[0]), case):
         wrong += [f"nothing changed, but the present is not {case.presents[0]}"]
     return wrong
 
@@ -94,6 +95,6 @@ def not_done(rig: Rig, case: Case) -> list[str]:
     names = set(rig.snapshots())
     wrong = [f"done, but no {n}" for n in case.done if n not in names]
     wrong += [f"done, but {n} is still there" for n in case.gone if n in names]
-    if _without_let_go(rig.verdict(present=case.presents[-1]), case):
+    if without_let_go(rig.verdict(present=case.presents[-1]), case):
         wrong += [f"done, but the present is not {case.presents[-1]}"]
     return wrong
