@@ -124,7 +124,7 @@ class Tree:
         self.rig = TreeRig(place / "vm", size=SIZE, raw=("vdb",))
         self.rig.prepare(place, zygote, env)
         grow(self.rig)
-        self._templates = {(): self.rig.save_template()}
+        self._templates: dict[tuple[str, ...], Path] = {(): self.rig.save_template()}
 
     def restore(self, case: Case) -> None:
         """Put everything back as it is before the case's command."""
