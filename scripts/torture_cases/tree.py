@@ -54,10 +54,10 @@ class TreeRig(Rig):
         (self.flat / digest).write_bytes(content)
         return digest
 
-    def check(self, path: Path) -> list[str]:
+    def _check(self, path: Path) -> list[str]:
         key = _sha256(path)
         if key not in self.checks:
-            self.checks[key] = super().check(path)
+            self.checks[key] = super()._check(path)
         return [f"check {path.name}: {text.partition(': ')[2]}" for text in self.checks[key]]
 
     def _chain(self, path: Path) -> str:
