@@ -37,6 +37,13 @@ class StopSettings:
 
 
 @dataclass(frozen=True)
+class MergeSettings:
+    """[merge]"""
+
+    io_priority: str = "normal"  # normal | idle: whether a merge gets the disk only while nobody else wants it
+
+
+@dataclass(frozen=True)
 class LibvirtSettings:
     """[libvirt]"""
 
@@ -50,6 +57,7 @@ class Config:
     create: CreateSettings = field(default_factory=CreateSettings)
     revert: RevertSettings = field(default_factory=RevertSettings)
     stop: StopSettings = field(default_factory=StopSettings)
+    merge: MergeSettings = field(default_factory=MergeSettings)
     libvirt: LibvirtSettings = field(default_factory=LibvirtSettings)
     state_dir: Path = Path("/var/lib/diskchain")  # definitions of the machines that diskchain runs
     run_dir: Path = Path("/run/diskchain")  # sockets and pid files of running machines
@@ -58,6 +66,9 @@ class Config:
     # something else (/etc/shadow) is refused, or its guest could read it
     image_roots: tuple[Path, ...] = (Path("/var/lib/libvirt/images"), Path("/srv"))
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what @NAME means: names and patterns of VMs
+
+
+_WORDS = {"merge.io_priority": ("normal", "idle")}  # settings that are one of some words
 
 
 def _usual_dirs(env: Mapping[str, str]) -> dict[str, Any]:
@@ -104,7 +115,7 @@ def _merged(config: Config, data: Mapping[str, Any], file: Path) -> Config:
     for key, value in data.items():
         _known(key, (f.name for f in fields(config)), file, key)
         now = getattr(config, key)
-        if isinstance(now, (CreateSettings, RevertSettings, StopSettings, LibvirtSettings)):
+        if isinstance(now, (CreateSettings, RevertSettings, StopSettings, MergeSettings, LibvirtSettings)):
             if not isinstance(value, dict):
                 raise UsageError(f"{file}: {key} is a table: [{key}]")
             for name, item in value.items():
@@ -142,7 +153,7 @@ def _typed(now: Any, value: Any, file: Path, key: str) -> Any:
     if isinstance(now, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if isinstance(now, str) and isinstance(value, str):
-        return value
-    if isinstance(now, bool) and isinstance(value, bool):
+        if value not in _WORDS.get(key, (value,)):
+            raise UsageError(f"{file}: {key} is {value!r}", hint=" or ".join(_WORDS[key]))
         return value
     raise UsageError(f"{file}: {key} has the wrong type")

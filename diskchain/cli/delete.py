@@ -22,6 +22,7 @@ from diskchain.cli.options import (
     changing_options,
     jobs_option,
     maybe_vms_argument,
+    rate_option,
     snapshot_argument,
     vm_argument,
     vms_argument,
@@ -52,6 +53,7 @@ class Asked:
     dry_run: bool
     to: Path | None = None
     words: str = ""  # the names, as typed
+    rate: int | None = None
 
 
 @click.command(epilog="Example: diskchain delete web1 before-upgrade")
@@ -68,6 +70,7 @@ class Asked:
               help="Write what is merged into new files there, and switch to them: where there is no room.")  # fmt: skip
 @when_stopped_option
 @restart_option
+@rate_option
 @yes_option
 @jobs_option
 @changing_options
@@ -81,6 +84,7 @@ def delete(
     to: Path | None,
     when_stopped: bool,
     restart: bool,
+    rate: int | None,
     yes: bool,
     jobs: int,
     wait: float | None,
@@ -89,10 +93,12 @@ def delete(
     """Delete snapshots. Their layers are merged; what the VM sees, and every other snapshot, stays as it is."""
     if bool(names) == (older_than is not None):
         raise UsageError("name the snapshots, or say --older-than", hint="diskchain delete --help")
-    if when_stopped and (restart or copy or to):
-        raise UsageError("--when-stopped only records; it goes with none of --restart, --copy, --to")
+    if when_stopped and (restart or copy or to or rate):
+        raise UsageError("--when-stopped only records; it goes with none of --restart, --copy, --to, --rate")
     if copy and to:
         raise UsageError("--copy and --to contradict each other", hint="give one of them")
+    if to and rate:
+        raise UsageError("--rate is kept by a merge in place; it does not go with --to", hint="leave out one of them")
 
     def pick(catalog: Catalog) -> list[str]:
         found = _older(catalog, older_than) if older_than is not None else [catalog.find(n).id for n in names]
@@ -100,7 +106,7 @@ def delete(
 
     words = " ".join(map(shlex.quote, names)) if names else f"--older-than {older_than:.0f}s"
     words += " --children" if children else ""
-    asked = Asked("delete", pick, copy, when_stopped, restart, yes, dry_run, to and to.absolute(), words)
+    asked = Asked("delete", pick, copy, when_stopped, restart, yes, dry_run, to and to.absolute(), words, rate)
     _on_each(vm, asked, jobs, wait)
 
 
@@ -117,6 +123,7 @@ def _older(catalog: Catalog, seconds: float) -> list[str]:
 @click.option("--drop-branches", is_flag=True, help="Snapshots that are not in the line of the present go too.")
 @when_stopped_option
 @restart_option
+@rate_option
 @yes_option
 @jobs_option
 @changing_options
@@ -126,19 +133,20 @@ def accept(
     drop_branches: bool,
     when_stopped: bool,
     restart: bool,
+    rate: int | None,
     yes: bool,
     jobs: int,
     wait: float | None,
     dry_run: bool,
 ) -> None:
     """Keep the present, delete every snapshot of its line: all layers are folded in one pass."""
-    if when_stopped and restart:
-        raise UsageError("--when-stopped only records; it does not go with --restart")
+    if when_stopped and (restart or rate):
+        raise UsageError("--when-stopped only records; it goes with neither --restart nor --rate")
 
     def pick(catalog: Catalog) -> list[str]:
         return line_to_accept(catalog, drop_branches=drop_branches)
 
-    _on_each(vm, Asked("accept", pick, False, when_stopped, restart, yes, dry_run), jobs, wait)
+    _on_each(vm, Asked("accept", pick, False, when_stopped, restart, yes, dry_run, rate=rate), jobs, wait)
 
 
 def _on_each(vm: str, asked: Asked, jobs: int, wait: float | None) -> None:
@@ -164,6 +172,10 @@ async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
             await vm.driver.refuse("restart")
         else:
             await _check(vm, asked, deletions)
+        if asked.rate and is_on and later:
+            context.progress(app).warn(
+                f"{name} is on: it is only recorded; the rate is not (diskchain merge has --rate)"
+            )
     context.confirm(app, plan, f"{asked.word.capitalize()}?", yes=asked.yes, about=ids)
     async with host.change(name, asked.word) as vm:
         if asked.restart:
@@ -232,7 +244,7 @@ async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[
         (deletion,) = _chosen(vm, asked, [planned])
         await _check(vm, asked, [deletion])
         if asked.to is None:
-            merged += await ops.delete(vm, deletion, context.progress(app))
+            merged += await ops.delete(vm, deletion, context.progress(app), rate=asked.rate)
         else:
             found, before = delete_to.items(vm.catalog, [deletion], asked.to), redefine.machine_of(vm)
             merged += await delete_to.delete_to(vm, deletion, found, context.progress(app))
@@ -284,28 +296,29 @@ async def _undelete(app: App, host: Host, name: str, snapshot: str, dry_run: boo
 
 @click.command(epilog="Example: diskchain merge web1")
 @maybe_vms_argument
+@rate_option
 @jobs_option
 @changing_options
 @common
-def merge(vm: str | None, jobs: int, wait: float | None, dry_run: bool) -> None:
+def merge(vm: str | None, rate: int | None, jobs: int, wait: float | None, dry_run: bool) -> None:
     """Carry out the pending merges of a stopped VM; without VM those of all stopped VMs."""
     app = context.current()
     host = context.open_host(app, wait)
     if vm is not None:
-        many.on_each(app, host, vm, lambda app, name: _merge_one(app, host, name, dry_run), jobs=jobs)
+        many.on_each(app, host, vm, lambda app, name: _merge_one(app, host, name, rate, dry_run), jobs=jobs)
     else:
-        context.run_async(_merge_every(app, host, dry_run))
+        context.run_async(_merge_every(app, host, rate, dry_run))
 
 
-async def _merge_one(app: App, host: Host, name: str, dry_run: bool) -> None:
+async def _merge_one(app: App, host: Host, name: str, rate: int | None, dry_run: bool) -> None:
     if dry_run:
         context.show_plan(app, await _merge_plan(host, name))
         return
-    body, lines = await _merge(app, host, name)
+    body, lines = await _merge(app, host, name, rate)
     context.answer(app, body, lines)
 
 
-async def _merge_every(app: App, host: Host, dry_run: bool) -> None:
+async def _merge_every(app: App, host: Host, rate: int | None, dry_run: bool) -> None:
     results: list[dict[str, Any]] = []
     lines: list[str] = []
     for name in host.names():
@@ -315,7 +328,7 @@ async def _merge_every(app: App, host: Host, dry_run: bool) -> None:
                 results.append({"vm": name, "plan": plan.to_json()})
                 lines += render.plan_lines(plan)
             elif await _is_ready(host, name):
-                body, said = await _merge(app, host, name)
+                body, said = await _merge(app, host, name, rate)
                 results.append(body)
                 lines += said
         except DiskchainError as error:
@@ -330,12 +343,12 @@ async def _is_ready(host: Host, name: str) -> bool:
         return bool(vm.catalog.pending()) and (await vm.driver.state()).is_off
 
 
-async def _merge(app: App, host: Host, name: str) -> tuple[dict[str, Any], list[str]]:
+async def _merge(app: App, host: Host, name: str, rate: int | None) -> tuple[dict[str, Any], list[str]]:
     async with host.look(name) as vm:
         if vm.catalog.pending() and not (await vm.driver.state()).is_off:
             raise VMRunning(f"{vm.name} is on; a merge needs it to be off", hint=f"diskchain stop {vm.name}")
     async with context.changing(app, host, name, "merge") as vm:
-        merged = await pending.merge_pending(vm, context.progress(app))
+        merged = await pending.merge_pending(vm, context.progress(app), rate=rate)
         body = {"vm": vm.name, "deferred": False, "merged": [asdict(m) for m in merged],
                 "pending": [s.name for s in vm.catalog.pending()]}  # fmt: skip
         return body, [f"{vm.name}: {len(merged)} layers merged", *map(render.merged_line, merged)]

@@ -40,6 +40,37 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # not generic in cli
             self.fail(str(error), param, ctx)
 
 
+_RATE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?(?:/s)?", re.ASCII | re.IGNORECASE)
+_STEPS = " KMGT"
+LEAST_RATE = 64 << 10
+
+
+def parse_rate(text: str) -> int:
+    """Given `200M`, `1.5G` or a number of bytes (binary units; `/s` may follow), return bytes a second. Raise ValueError."""
+    match = _RATE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is no rate; write for example 200M or 1.5G (bytes a second)")
+    rate = int(float(match[1]) * 1024 ** _STEPS.index(match[2].upper() or " "))
+    if rate < LEAST_RATE:
+        raise ValueError(f"{text!r} is less than 64K a second: nothing would ever end")
+    return rate
+
+
+class Rate(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
+    """Bytes a second."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Given what was typed, return bytes a second."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_rate(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 class VMName(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
     """The name of a VM: `web1`, `qemu:web1` or `libvirt:web1`."""
 
@@ -108,4 +139,5 @@ def changing_options(command: F) -> F:
 
 jobs_option = click.option("--jobs", type=click.IntRange(1), default=1, metavar="N",
                            help="With several VMs: work on N of them at once.")  # fmt: skip
+rate_option = click.option("--rate", type=Rate(), metavar="RATE", help="Write at most RATE, like 200M, a second.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Don't ask.")

@@ -23,7 +23,7 @@ from diskchain.errors import NotFound, ToolFailed
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
-_PACKAGES = {"swtpm": "swtpm"}  # programs that are not of qemu-utils
+_PACKAGES = {"swtpm": "swtpm", "ionice": "util-linux"}  # programs that are not of qemu-utils
 _OUR_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -80,13 +80,15 @@ async def run(
     pass_fds: Sequence[int] = (),
     ok: Sequence[int] = (0,),
     on_output: Callable[[str], None] | None = None,
+    idle: bool = False,
 ) -> Result:
     """Run a program to its end and return what it said. Times in seconds, None = as long as it takes.
 
+    `idle`: it gets the disk only when nobody else wants it (the kernel's idle I/O class; ionice becomes the program).
     `on_output` is called with each piece of stdout as it comes (progress). The child is killed with us, and when
     the caller is cancelled. Raise ToolFailed when the exit code is not in `ok` or the time is over.
     """
-    argv = [find_program(argv[0]), *argv[1:]]
+    argv = [*([find_program("ionice"), "-c", "3"] if idle else []), find_program(argv[0]), *argv[1:]]
     log.debug("%s", shlex.join(argv))
     child = await asyncio.create_subprocess_exec(
         *argv,

@@ -17,6 +17,17 @@ METADATA = Limits()
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How hard an engine may work. `rate`: bytes a second at most; `idle`: only while nobody else wants the disk."""
+
+    rate: int | None = None
+    idle: bool = False
+
+
+AS_FAST_AS_IT_CAN = Pace()
+
+
+@dataclass(frozen=True)
 class CheckResult:
     """What `qemu-img check` found: number of corruptions and of leaked clusters."""
 
@@ -106,6 +117,7 @@ async def commit(
     direct: bool,
     guard: Sequence[int],
     on_percent: Callable[[float], None],
+    pace: Pace = AS_FAST_AS_IT_CAN,
 ) -> None:
     """Write the overlay's data into its backing file, or with those of the layers between into `base`.
 
@@ -113,8 +125,8 @@ async def commit(
     `guard`: descriptors that carry our locks; the engine inherits them, so the locks live as long as it does.
     """
     await run(["qemu-img", "commit", "-p", "-d", "-t", "none" if direct else "writeback",
-               *(["-b", str(base)] if base else []), _json(overlay)],
-              timeout=None, pass_fds=guard, on_output=_percent(on_percent))  # fmt: skip
+               *_rate(pace), *(["-b", str(base)] if base else []), _json(overlay)],
+              timeout=None, pass_fds=guard, on_output=_percent(on_percent), idle=pace.idle)  # fmt: skip
 
 
 async def convert_into(
@@ -122,28 +134,36 @@ async def convert_into(
     into: dict[str, Any],
     *,
     clone: bool,
+    direct: bool = False,
     guard: Sequence[int],
     on_percent: Callable[[float], None],
+    pace: Pace = AS_FAST_AS_IT_CAN,
 ) -> None:
-    """Write what the overlay itself holds into its backing file, in place; both of one size, under our guard.
+    """Write what the overlay itself holds into an image below it, in place; both of one size, under our guard.
 
     `-B` makes convert look at the overlay's own layer only (the name is never opened), `-n` keeps the target. Never
     without -t (the default writes without a flush), never -S 0. `clone`: let the filesystem share the blocks (`-C`).
     The caller syncs and checks. Raise ToolFailed.
     """
     await _run_to_the_last_word(
-        ["qemu-img", "convert", "-p", "-n", "-W", "-m", "16", "-t", "writeback", "-B", "below",
-         *(["-C"] if clone else []), "-O", str(into["driver"]), _json(overlay), _json(into)],
-        guard, on_percent)  # fmt: skip
+        ["qemu-img", "convert", "-p", "-n", "-W", "-m", "16", "-t", "none" if direct else "writeback", "-B", "below",
+         *(["-C"] if clone else []), *_rate(pace), "-O", str(into["driver"]), _json(overlay), _json(into)],
+        guard, on_percent, pace)  # fmt: skip
 
 
-async def _run_to_the_last_word(argv: list[str], guard: Sequence[int], on_percent: Callable[[float], None]) -> None:
+def _rate(pace: Pace) -> list[str]:
+    return ["-r", str(pace.rate)] if pace.rate else []
+
+
+async def _run_to_the_last_word(
+    argv: list[str], guard: Sequence[int], on_percent: Callable[[float], None], pace: Pace
+) -> None:
     """Run it; whatever it says on stderr is a failure, too.
 
     qemu-img writes an image's tables when it closes it, and ends with 0 when that fails: all that is heard of it is
     "Failed to flush the L2 table cache: No space left on device". The image is clean then, and lacks the data.
     """
-    result = await run(argv, timeout=None, pass_fds=guard, on_output=_percent(on_percent))
+    result = await run(argv, timeout=None, pass_fds=guard, on_output=_percent(on_percent), idle=pace.idle)
     if result.stderr.strip():
         raise ToolFailed(argv, result.returncode, result.stderr)
 
@@ -156,16 +176,27 @@ async def pull(
     direct: bool,
     guard: Sequence[int],
     on_percent: Callable[[float], None],
+    pace: Pace = AS_FAST_AS_IT_CAN,
 ) -> None:
     """Copy into the overlay what it shows and `below` (None: nothing) does not hold; it stands on `below` then.
 
     Every write is flushed (-t writethrough): the new reference is written last, when all that was copied is on the disk.
-    A killed pull leaves an overlay that shows the same, on the one or on the other.
+    A killed pull leaves an overlay that shows the same, on the one or on the other. `rebase` has no -r: a rate is kept
+    by QEMU's throttle filter.
     """
+    group, file = _throttled(unlocked(overlay, "qcow2")["file"], pace)
     await _run_to_the_last_word(
-        ["qemu-img", "rebase", "-p", "-t", "directsync" if direct else "writethrough", "-b", str(below or ""),
-         *(["-F", fmt] if below else []), _json({"driver": "qcow2", "file": unlocked(overlay, "qcow2")["file"]})],
-        guard, on_percent)  # fmt: skip
+        ["qemu-img", "rebase", *group, "-p", "-t", "directsync" if direct else "writethrough", "-b", str(below or ""),
+         *(["-F", fmt] if below else []), _json({"driver": "qcow2", "file": file})],
+        guard, on_percent, pace)  # fmt: skip
+
+
+def _throttled(file: dict[str, Any], pace: Pace) -> tuple[list[str], dict[str, Any]]:
+    """Return the words and the node that let no more bytes a second be written to a file than the pace allows."""
+    if not pace.rate:
+        return [], file
+    group = {"qom-type": "throttle-group", "id": "pace", "limits": {"bps-write": pace.rate}}
+    return ["--object", json.dumps(group)], {"driver": "throttle", "throttle-group": "pace", "file": file}
 
 
 def _percent(on_percent: Callable[[float], None]) -> Callable[[str], None]:

@@ -25,6 +25,7 @@ from diskchain.errors import Busy, ChainDamaged, DiskchainError, HostileImage, U
 from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
+from diskchain.host.qemu_img import Pace
 from diskchain.ops import layers, merge
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET, Progress
@@ -35,9 +36,12 @@ from diskchain.store.journal import Entry
 GUARD_WAIT = 10.0  # seconds that an orphaned engine has to go away
 
 
-async def delete(vm: VM, deletion: Deletion, progress: Progress = QUIET, *, name: str = "") -> list[Merged]:
+async def delete(
+    vm: VM, deletion: Deletion, progress: Progress = QUIET, *, name: str = "", rate: int | None = None
+) -> list[Merged]:
     """Carry out a deletion (see delete_plan.check). The VM's lock is held, its journal is empty. `name`: for messages.
 
+    `rate`: bytes a second that a merge may write at most; kept in the journal, so `recover` keeps it, too.
     Raise Unfinished when a merge stopped half-way: nothing is lost, `recover` goes on.
     """
     catalog = vm.catalog
@@ -48,7 +52,7 @@ async def delete(vm: VM, deletion: Deletion, progress: Progress = QUIET, *, name
     if not (deletion.snapshots or deletion.waits or deletion.moves_data):
         return []
     data = journal_data(deletion)
-    entry = journal.begin(vm.home, "delete", new_id(), now_utc(), {**data, "name": name or data["name"]})
+    entry = journal.begin(vm.home, "delete", new_id(), now_utc(), {**data, "name": name or data["name"], "rate": rate})
     try:
         return await carry_out(vm, entry, progress)
     except (Busy, VMRunning) as error:  # somebody came between the check and the guard
@@ -201,7 +205,7 @@ async def _move_all(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
             await _require_off(vm)  # a QEMU that takes no locks (facts.md) was not held off by the guard
             entry.advance("relink")
         else:
-            await _merge_again(vm, deletion, guard, progress)
+            await _merge_again(vm, entry, deletion, guard, progress)
         await _relink_all(vm, entry, guard)
         _forget_layers(vm, entry)
         entry.advance("relinked")
@@ -217,17 +221,17 @@ async def _require_off(vm: VM) -> None:
 async def _merge_all(vm: VM, entry: Entry, deletion: Deletion, guard: ImageGuard,
                      progress: Progress) -> list[Merged]:  # fmt: skip
     """Move the data of every disk. Raise Unfinished when one did not end well."""
-    unclean = entry.data["unclean"] or entry.state == "commit"
+    unclean, pace = entry.data["unclean"] or entry.state == "commit", _pace(vm, entry)
     if entry.state != "commit":
         entry.advance("commit")
     merged = []
     try:
         for fold in deletion.folds:
-            merged.append(await merge.fold(fold, guard, unclean=unclean, progress=progress))
+            merged.append(await merge.fold(fold, guard, unclean=unclean, progress=progress, pace=pace))
             point("delete.committed-one")
         for pull in deletion.pulls:
             for overlay in pull.overlays:
-                merged.append(await merge.pull(pull, overlay, guard, unclean=unclean, progress=progress))
+                merged.append(await merge.pull(pull, overlay, guard, unclean=unclean, progress=progress, pace=pace))
                 point("delete.committed-one")
     except (DiskchainError, OSError) as error:
         entry.data["unclean"] = True
@@ -239,14 +243,18 @@ async def _merge_all(vm: VM, entry: Entry, deletion: Deletion, guard: ImageGuard
     return merged
 
 
-async def _merge_again(vm: VM, deletion: Deletion, guard: ImageGuard, progress: Progress) -> None:
+def _pace(vm: VM, entry: Entry) -> Pace:
+    return Pace(entry.data.get("rate"), vm.config.merge.io_priority == "idle")
+
+
+async def _merge_again(vm: VM, entry: Entry, deletion: Deletion, guard: ImageGuard, progress: Progress) -> None:
     """Recovery from `relink`: a top that the VM's definition still names may have been written since (somebody else than
     us can have started it): its data goes down once more. What names P already is the truth (a redo would put old over new).
     """
     named = await vm.driver.next_files() or {}
     for fold in deletion.folds:
         if named.get(fold.target) == fold.top.path:
-            await merge.fold(fold, guard, unclean=True, progress=progress)
+            await merge.fold(fold, guard, unclean=True, progress=progress, pace=_pace(vm, entry))
 
 
 async def _relink_all(vm: VM, entry: Entry, guard: ImageGuard) -> None:

@@ -8,9 +8,10 @@ descriptors that were open then: ours is opened (by the guard) before the merge 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from diskchain.errors import ChainDamaged
 from diskchain.host import files, qemu_img
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
+from diskchain.host.qemu_img import AS_FAST_AS_IT_CAN, Pace
 from diskchain.ops import layers
 from diskchain.ops.allocation import allocated, raw_extents
 from diskchain.ops.approve import approve_chain
 from diskchain.ops.progress import Progress
+
+AT_ONCE = 4  # images that are checked at the same time
 
 
 @dataclass(frozen=True)
@@ -55,26 +59,28 @@ def held(image: Image) -> Allocation | RawExtents:
     return raw_extents(image.path) if image.fmt == "raw" else allocated(image.path)
 
 
-async def fold(fold: Fold, guard: ImageGuard, *, unclean: bool, progress: Progress) -> Merged:
+async def fold(
+    fold: Fold, guard: ImageGuard, *, unclean: bool, progress: Progress, pace: Pace = AS_FAST_AS_IT_CAN
+) -> Merged:
     """Fold layers down into one below them.
 
-    `unclean`: an earlier try did not end well. Raise ToolFailed, ChainDamaged, OSError: the redo copy (what goes) is
+    `unclean`: an earlier try did not end well. An idle engine writes around the page cache: the kernel writes cached
+    pages in a class of its own. Raise ToolFailed, ChainDamaged, OSError: the redo copy (what goes) is
     whole in every case.
     """
     began = time.monotonic()
-    into, top = _nodes(fold)
+    into, gone = _nodes(fold)
     direct = unclean and supports_direct(fold.into.path)
     if unclean:
         await make_whole(fold, guard)
     else:
-        for image in (fold.into, *fold.gone):
-            await _put_right(image, direct=False)
+        await _put_all_right((fold.into, *fold.gone))
     method = "commit" if unclean else fold.method
     size = sum(files.allocated_bytes(i.path) for i in fold.gone)
     progress.begin(f"merging {fold.target}", size, note="safe to interrupt")
     try:
         point("merge.committing")
-        await _move(fold, method, direct, guard, lambda p: progress.update(int(size * p / 100)))
+        await _move(fold, method, unclean, guard, progress.update, pace)
     finally:
         progress.end()
     point("merge.committed")
@@ -82,20 +88,40 @@ async def fold(fold: Fold, guard: ImageGuard, *, unclean: bool, progress: Progre
     guard.sync(fold.into.path)
     await _require_sound(fold.into, direct=direct)
     if unclean:
-        await qemu_img.compare(top, into, direct=direct)
+        await qemu_img.compare(gone[0], into, direct=direct)
     return Merged(
         fold.target, str(fold.top.path), str(fold.into.path), size, round(time.monotonic() - began, 3), method
     )
 
 
-async def _move(fold: Fold, method: str, direct: bool, guard: ImageGuard, on_percent: Callable[[float], None]) -> None:
-    into, top = _nodes(fold)
-    if method in ("convert", "clone"):
-        await qemu_img.convert_into(top, into, clone=method == "clone", guard=guard.fds, on_percent=on_percent)
+async def _move(fold: Fold, method: str, unclean: bool, guard: ImageGuard, tell: Callable[[int], None],
+                pace: Pace) -> None:  # fmt: skip
+    """Move the data. `tell`: bytes that are done.
+
+    Layer by layer the lowest goes first: what an upper one holds is written over what a lower one held, and at any
+    instant `into` differs from before only where one of the layers hides it.
+    """
+    direct = (unclean or pace.idle) and supports_direct(fold.into.path)
+    into, gone = _nodes(fold)
+    if method == "commit":
+        size = sum(files.allocated_bytes(i.path) for i in fold.gone)
+        base = fold.into.path if fold.through else None
+        node = qemu_img.unlocked_chain([(i.path, i.fmt) for i in (*fold.gone, fold.into)]) if base else gone[0]
+        await qemu_img.commit(
+            node, base=base, direct=direct, guard=guard.fds, on_percent=_bytes(tell, 0, size), pace=pace
+        )
         return
-    base = fold.into.path if fold.through else None
-    node = qemu_img.unlocked_chain([(i.path, i.fmt) for i in (*fold.gone, fold.into)]) if base else top
-    await qemu_img.commit(node, base=base, direct=direct, guard=guard.fds, on_percent=on_percent)
+    done = 0
+    for image, node in reversed(list(zip(fold.gone, gone, strict=True))):
+        size = files.allocated_bytes(image.path)
+        await qemu_img.convert_into(node, into, clone=method == "clone", direct=direct, guard=guard.fds,
+                                    on_percent=_bytes(tell, done, size), pace=pace)  # fmt: skip
+        done += size
+        point("merge.layer-moved")
+
+
+def _bytes(tell: Callable[[int], None], done: int, size: int) -> Callable[[float], None]:
+    return lambda percent: tell(done + int(size * percent / 100))
 
 
 async def _require_sound(image: Image, *, direct: bool) -> None:
@@ -122,7 +148,9 @@ async def make_whole(fold: Fold, guard: ImageGuard) -> None:
         await _put_right(image, direct=direct)
 
 
-async def pull(pull: Pull, overlay: Image, guard: ImageGuard, *, unclean: bool, progress: Progress) -> Merged:
+async def pull(
+    pull: Pull, overlay: Image, guard: ImageGuard, *, unclean: bool, progress: Progress, pace: Pace = AS_FAST_AS_IT_CAN
+) -> Merged:
     """Copy what an overlay shows of the layers that go up into it; it stands on what they stood on then. Raise as `fold`."""
     began = time.monotonic()
     direct = unclean and supports_direct(overlay.path)
@@ -136,7 +164,7 @@ async def pull(pull: Pull, overlay: Image, guard: ImageGuard, *, unclean: bool, 
     try:
         point("merge.committing")
         await qemu_img.pull(overlay.path, below, fmt, direct=direct, guard=guard.fds,
-                            on_percent=lambda p: progress.update(int(size * p / 100)))  # fmt: skip
+                            on_percent=_bytes(progress.update, 0, size), pace=pace)  # fmt: skip
     finally:
         progress.end()
     point("merge.committed")
@@ -171,8 +199,8 @@ async def _stand_on(overlay: Image, below: Image, guard: ImageGuard) -> None:
     layers.verify_reference(overlay, below)
 
 
-def _nodes(fold: Fold) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`into` and the top as nodes under our guard, on what is below them.
+def _nodes(fold: Fold) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """`into` and what goes (top first) as nodes under our guard, on what is below them.
 
     `into` needs its own backing files: where its clusters are larger than the overlay's, what is written is less than
     a cluster, and QEMU fills the rest from below.
@@ -181,14 +209,32 @@ def _nodes(fold: Fold) -> tuple[dict[str, Any], dict[str, Any]]:
     for image in reversed(fold.below):
         below = qemu_img.read_only(image.path, image.fmt, below)
     into = top = qemu_img.unlocked(fold.into.path, fold.into.fmt, below)
+    gone: list[dict[str, Any]] = []
     for image in reversed(fold.gone):
         top = qemu_img.unlocked(image.path, image.fmt, top)
-    return into, top
+        gone.insert(0, top)
+    return into, gone
 
 
 def _alone(image: Image) -> dict[str, Any]:
     """An image as a node without what it stands on."""
     return qemu_img.unlocked(image.path, image.fmt)
+
+
+async def _put_all_right(images: Sequence[Image]) -> None:
+    """Check the images, a few at a time, and repair what qemu-img can. Raise as `_put_right`."""
+    turns = asyncio.Semaphore(AT_ONCE)
+
+    async def one(image: Image) -> None:
+        async with turns:
+            await _put_right(image, direct=False)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for image in images:
+                group.create_task(one(image))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 async def _put_right(image: Image, *, direct: bool) -> None:

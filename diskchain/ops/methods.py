@@ -14,6 +14,7 @@ from diskchain.ops.allocation import allocated
 from diskchain.ops.approve import approve_chain
 
 CLONE_FROM = 256 * KiB  # mean piece from which sharing blocks beats copying (measured on XFS: 2 MiB 15x, 64 KiB 0.6x)
+CONVERT_UP_TO = 1.25  # what several layers hold, counted for each, against what is to be seen of it: from there commit
 UP_BELOW = 0.6  # a pull flushes every write, and is worth it only where it moves clearly less ...
 UP_SAVES = 64 * MiB  # ... and much less
 
@@ -43,15 +44,21 @@ def choose(deletion: Deletion) -> Deletion:
 
 
 def _method(fold: Fold) -> str:
-    if fold.through or not _one_size((fold.top, fold.into)):
+    """Several layers are converted one after the other; each cluster is written as often as it is held."""
+    if not _one_size((*fold.gone, fold.into)):
         return "commit"
-    top = allocated(fold.top.path)
-    return "clone" if mean_run(top) >= CLONE_FROM and _shares_blocks(fold) else "convert"
+    layers = [allocated(image.path) for image in fold.gone]
+    if _shares_blocks(fold) and all(mean_run(a) >= CLONE_FROM for a in layers if a.rows):
+        return "clone"
+    if len(layers) > 1 and sum(map(held_bytes, layers)) > CONVERT_UP_TO * held_bytes(union(layers)):
+        return "commit"
+    return "convert"
 
 
 def _shares_blocks(fold: Fold) -> bool:
-    one, other = fold.top.path.parent, fold.into.path.parent
-    return one.stat().st_dev == other.stat().st_dev and bool(probe.directory(other).clone)
+    into = fold.into.path.parent
+    here = {image.path.stat().st_dev for image in (*fold.gone, fold.into)}
+    return len(here) == 1 and bool(probe.directory(into).clone)
 
 
 def _upwards(fold: Fold) -> Pull | None:

@@ -18,13 +18,13 @@ def plan(vm: VM) -> Deletion:
     return methods.choose_all(vm.catalog, [plan_deletion(vm.catalog, [])])[0]
 
 
-async def merge_pending(vm: VM, progress: Progress) -> list[Merged]:
+async def merge_pending(vm: VM, progress: Progress, *, rate: int | None = None) -> list[Merged]:
     """Carry out the merges that were put off, of a VM that is off; those that can't be yet stay pending."""
     deletion = plan(vm)
     if not deletion.does_something:
         return []
     await delete_plan.check(vm, [deletion])
-    return await delete.delete(vm, deletion, progress)
+    return await delete.delete(vm, deletion, progress, rate=rate)
 
 
 def can_undelete(vm: VM, snapshot: Snapshot) -> bool:
