@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from diskchain.ops.approve import approve_chain
-from scripts.bench_cases import domains
+from scripts.bench_cases import domains, merges
 from scripts.bench_cases.bench import SETTLE, Bench, Both, MiB, in_turns, say, silence, timed
 from scripts.bench_cases.figures import Goal, Row
 from tests.support.own_machine import Guest, OwnMachine
@@ -263,5 +263,5 @@ def libvirt_revert(bench: Bench) -> Iterator[Row]:
 
 CASES: dict[str, Case] = {
     "pause": pause, "disks": disks, "tenth": tenth, "gap": gap, "size": size, "chain": chain, "start": start, "revert": revert,
-    "libvirt": libvirt, "libvirt-revert": libvirt_revert,
+    "libvirt": libvirt, "libvirt-revert": libvirt_revert, **merges.CASES,
 }  # fmt: skip

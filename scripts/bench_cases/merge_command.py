@@ -1,0 +1,66 @@
+"""The whole command around a merge, and how long a large tree is planned."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from diskchain.chain.deletion import plan_all
+from diskchain.chain.model import Catalog, Image, Snapshot
+from diskchain.ops import methods
+from scripts.bench_cases.bench import Bench, MiB, say, timed
+from scripts.bench_cases.figures import Goal, Row
+from scripts.bench_cases.merge_data import random_file, sequential, write
+from tests.support.rig import Rig
+
+
+def whole_command(bench: Bench, place: Path, size: int, count: int) -> Iterator[Row]:
+    """`diskchain delete -y` of a stopped machine against the step in it that moves the data."""
+    say(f"delete -y, {size // 4 // MiB} MiB: {count} times")
+    source = random_file(place)
+    rig = Rig(place / "vm", targets=("vda",), size=size)
+    whole, step = [], []
+    try:
+        rig.build(guest=False)
+        write(rig.dir / "vda.qcow2", sequential(source, 0, size // 2))
+        for _ in range(count + 1):
+            rig.ok("create", "vm", "s")
+            write(rig.active()["vda"], sequential(source, 3 * size // 8, size // 4))
+            subprocess.run(["sync", "-f", str(place)], check=True)
+            answers = []
+            whole.append(timed(lambda answers=answers: answers.append(rig.ok("delete", "vm", "s", "-y", "--json"))))  # type: ignore[misc]
+            step.append(1000 * answers[0].json["merged"][0]["seconds"])
+    finally:
+        rig.destroy()
+    what = f"delete -y of {size // 4 // MiB} MiB, the whole command"
+    yield Row(what, whole[1:], step[1:], "its engine step", goal=Goal(0.0, 500))  # the first one only warms up
+
+
+def planning(bench: Bench, place: Path) -> Iterator[Row]:
+    """A chain of 500 images, all but two of which go: verified, read, planned, the way of merging chosen."""
+    catalog = long_chain(place / "plan", 500)
+    ids = list(catalog.snapshots)
+    taken = [timed(lambda: methods.choose_all(catalog, plan_all(catalog, ids))) for _ in range(bench.pairs(5, 2))]
+    yield Row("a tree of 500 images planned", taken, [1000.0] * len(taken), "a second", goal=Goal(1.0))
+
+
+def long_chain(directory: Path, count: int) -> Catalog:
+    """Make a chain with a little data in each layer, and its catalog: every layer but the uppermost is frozen."""
+    say(f"making {count} layers")
+    directory.mkdir()
+    images: dict[str, Image] = {}
+    snapshots: dict[str, Snapshot] = {}
+    below: str | None = None
+    for number in range(count):
+        path, name = directory / f"{number}.qcow2", f"i{number}"
+        on = ["-u", "-b", f"{number - 1}.qcow2", "-F", "qcow2"] if number else []
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *on, path, "1G"], check=True)
+        images[name] = Image(name, path, "qcow2", "vda", 1024 * MiB, below, ours=True)
+        below = name
+        if number < count - 1:
+            parent = f"s{number - 1}" if number else None
+            snapshots[f"s{number}"] = Snapshot(f"s{number}", f"s{number}", "", parent, {"vda": name})
+    os.sync()
+    return Catalog("0" * 32, "vm", images, {"vda": f"i{count - 1}"}, snapshots, f"s{count - 2}", targets=("vda",))
