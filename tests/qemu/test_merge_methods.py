@@ -22,6 +22,7 @@ from diskchain.chain.deletion import Deletion, Fold, Pull
 from diskchain.chain.model import Image, Snapshot
 from diskchain.errors import DiskchainError
 from diskchain.host import locks, probe
+from diskchain.host.qemu_img import Pace
 from diskchain.ops import merge, methods
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET
@@ -65,22 +66,24 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @dataclass
 class Chain:
-    """ground <- lower <- upper (a raw lower one stands on nothing), and what the upper one shows."""
+    """ground <- lower <- (middle <-) upper (a raw lower one stands on nothing), and what the upper one shows."""
 
     lower: Image
     upper: Image
     ground: Image | None
     shown: bytes
+    middle: Image | None = None
 
     def merged_by(self, method: str) -> Fold | Pull:
         """The merge of the two."""
         if method == "stream":
             return Pull("vda", (self.lower,), (self.upper,), self.ground)
         below = (self.ground,) if self.ground else ()
-        return Fold("vda", self.upper, self.lower, (), (), below, method)
+        return Fold("vda", self.upper, self.lower, (), (self.middle,) if self.middle else (), below, method)
 
 
-def build(place: Path, layout: str, seed: int, *, size: int = SIZE, writes: int = 14, longest: int = 300) -> Chain:
+def build(place: Path, layout: str, seed: int, *, size: int = SIZE, writes: int = 14, longest: int = 300,
+          middle: bool = False) -> Chain:  # fmt: skip
     """Make a chain with writes, zeroes, discards and compressed clusters at odd places in every layer."""
     for old in place.glob("*.qcow2"):
         old.unlink()
@@ -90,9 +93,12 @@ def build(place: Path, layout: str, seed: int, *, size: int = SIZE, writes: int 
         scribble(ground.path, "qcow2", seed, size, writes, longest, compressed=True)
     low = _image(place, "lower", fmt, lower, ground, size)
     scribble(low.path, fmt, seed + 1, size, writes, longest, compressed=ground is not None)
-    top = _image(place, "upper", "qcow2", upper, low, size)
+    between = _image(place, "middle", "qcow2", "", low, size) if middle else None
+    if between:
+        scribble(between.path, "qcow2", seed + 3, size, writes, longest, compressed=True)
+    top = _image(place, "upper", "qcow2", upper, between or low, size)
     scribble(top.path, "qcow2", seed + 2, size, writes, longest, compressed=True)
-    return Chain(low, top, ground, flat(top))
+    return Chain(low, top, ground, flat(top), between)
 
 
 def _image(place: Path, name: str, fmt: str, options: str, on: Image | None, size: int) -> Image:
@@ -124,22 +130,23 @@ def flat(image: Image) -> bytes:
     return data
 
 
-async def carry_out(work: Fold | Pull, *, unclean: bool = False) -> Merged:
+async def carry_out(work: Fold | Pull, *, unclean: bool = False, pace: Pace = Pace()) -> Merged:
     """Under the guard, as `delete` does."""
-    written = [work.into.path, work.top.path] if isinstance(work, Fold) else [work.overlays[0].path]
+    written = [i.path for i in (work.into, *work.gone)] if isinstance(work, Fold) else [work.overlays[0].path]
     readers = [] if isinstance(work, Fold) else [work.gone[0].path]
     with locks.guard_images(written, wait=5, users=locks.open_by, readers=readers) as guard:
         if isinstance(work, Fold):
-            return await merge.fold(work, guard, unclean=unclean, progress=QUIET)
-        merged = await merge.pull(work, work.overlays[0], guard, unclean=unclean, progress=QUIET)
+            return await merge.fold(work, guard, unclean=unclean, progress=QUIET, pace=pace)
+        merged = await merge.pull(work, work.overlays[0], guard, unclean=unclean, progress=QUIET, pace=pace)
         await merge.settle(work, work.overlays[0], guard)
         return merged
 
 
 def left(chain: Chain, work: Fold | Pull) -> bytes:
     """What is shown when the layer that goes is gone."""
-    gone, stays = (work.top, work.into) if isinstance(work, Fold) else (chain.lower, chain.upper)
-    gone.path.unlink()
+    gone, stays = (work.gone, work.into) if isinstance(work, Fold) else ((chain.lower,), chain.upper)
+    for image in gone:
+        image.path.unlink()
     if stays.fmt == "qcow2":
         code = subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", str(stays.path)], check=False).returncode
         assert code in (0, 3), "3: clusters are leaked, nothing else"
@@ -154,8 +161,10 @@ def taken(image: Image) -> int:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_method_on_every_layout_keeps_every_byte(place: Path, layout: str) -> None:
+    """One layer that goes, or two: by turns, so that each way meets each on half of the layouts."""
     for number, method in enumerate(METHODS):
-        chain = build(place, layout, 100 * number + len(layout))
+        two = method != "stream" and (number + list(LAYOUTS).index(layout)) % 2 == 1
+        chain = build(place, layout, 100 * number + len(layout), middle=two)
         work = chain.merged_by(method)
         room = merge.growth(work) if isinstance(work, Fold) else merge.pulled(work, chain.upper)
         grows = work.into if isinstance(work, Fold) else chain.upper
@@ -171,7 +180,8 @@ def test_killed_in_the_middle_and_done_again(place: Path, method: str) -> None:
     """SIGKILL of qemu-img; the view through the upper layer is whole; the redo ends in the same content."""
     rng, hit = random.Random(11), 0
     for seed in range(3):
-        chain = build(place, "plain", 500 + seed, size=96 * MiB, writes=40, longest=8000)
+        two = method != "stream" and seed == 1
+        chain = build(place, "plain", 500 + seed, size=96 * MiB, writes=40, longest=8000, middle=two)
         work = chain.merged_by(method)
         hit += asyncio.run(_killed(work, rng.uniform(0.01, 0.06)))
         assert flat(chain.upper) == chain.shown, "the view through the upper layer"
@@ -237,3 +247,29 @@ def test_the_method_is_chosen_by_size_of_pieces_filesystem_and_direction(place: 
 def write(image: Image, command: str) -> None:
     """Write into a layer."""
     subprocess.run(["qemu-io", "-f", image.fmt, "-c", command, str(image.path)], check=True, capture_output=True)
+
+
+def test_several_layers_are_converted_unless_that_writes_much_more(place: Path) -> None:
+    """Large pieces are cloned; what overlaps is written once, by commit; else each layer is converted."""
+    shares = bool(probe.directory(place).clone)
+    chain = build(place, "plain", 3, size=256 * MiB, writes=1, longest=2, middle=True)
+    assert chain.middle
+    write(chain.lower, "write -P 4 0 200M")
+    write(chain.middle, "write -P 5 0 64M")
+    write(chain.upper, "write -P 6 80M 64M")
+    assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "convert"]
+    write(chain.upper, "write -P 6 0 64M")
+    assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "commit"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rate_is_kept_and_an_idle_engine_writes_the_same(place: Path, method: str) -> None:
+    """24 MiB at 16 MiB a second take a second at least, by whatever they are moved; sharing blocks moves nothing."""
+    chain = build(place, "plain", 9, size=64 * MiB, writes=2, longest=20)
+    write(chain.lower if method == "stream" else chain.upper, "write -P 9 8M 24M")
+    shown, work = flat(chain.upper), chain.merged_by(method)
+    began = time.monotonic()
+    asyncio.run(carry_out(work, pace=Pace(16 * MiB, idle=True)))
+    took = time.monotonic() - began
+    assert took >= 1.0 or (method == "clone" and probe.directory(place).clone)
+    assert left(chain, work) == shown
