@@ -39,28 +39,33 @@ def whole_command(bench: Bench, place: Path, size: int, count: int) -> Iterator[
 
 
 def planning(bench: Bench, place: Path) -> Iterator[Row]:
-    """A chain of 500 images, all but two of which go: verified, read, planned, the way of merging chosen."""
-    catalog = long_chain(place / "plan", 500)
-    ids = list(catalog.snapshots)
+    """Five branches of 100 images: all but their ends go. Verified, read, planned, the way of merging chosen."""
+    catalog = tree(place / "plan", 5, 100)
+    ids = [s.id for s in catalog.snapshots.values() if not s.protected]
     taken = [timed(lambda: methods.choose_all(catalog, plan_all(catalog, ids))) for _ in range(bench.pairs(5, 2))]
     yield Row("a tree of 500 images planned", taken, [1000.0] * len(taken), "a second", goal=Goal(1.0))
 
 
-def long_chain(directory: Path, count: int) -> Catalog:
-    """Make a chain with a little data in each layer, and its catalog: every layer but the uppermost is frozen."""
-    say(f"making {count} layers")
+def tree(directory: Path, branches: int, depth: int) -> Catalog:
+    """Make branches of empty layers on one base, and the catalog; the snapshots of the base and of the ends are protected."""
+    say(f"making {branches * depth} layers")
     directory.mkdir()
-    images: dict[str, Image] = {}
-    snapshots: dict[str, Snapshot] = {}
-    below: str | None = None
-    for number in range(count):
-        path, name = directory / f"{number}.qcow2", f"i{number}"
-        on = ["-u", "-b", f"{number - 1}.qcow2", "-F", "qcow2"] if number else []
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *on, path, "1G"], check=True)
-        images[name] = Image(name, path, "qcow2", "vda", 1024 * MiB, below, ours=True)
-        below = name
-        if number < count - 1:
-            parent = f"s{number - 1}" if number else None
-            snapshots[f"s{number}"] = Snapshot(f"s{number}", f"s{number}", "", parent, {"vda": name})
+    images = {"i": _layer(directory, "i", None)}
+    snapshots = {"i": Snapshot("i", "i", "", None, {"vda": "i"}, protected=True)}
+    for branch in range(branches):
+        below = "i"
+        for number in range(depth):
+            name = f"{branch}-{number}"
+            images[name] = _layer(directory, name, below)
+            snapshots[name] = Snapshot(name, name, "", below, {"vda": name}, protected=number == depth - 1)
+            below = name
+    images["now"] = _layer(directory, "now", below)
     os.sync()
-    return Catalog("0" * 32, "vm", images, {"vda": f"i{count - 1}"}, snapshots, f"s{count - 2}", targets=("vda",))
+    return Catalog("0" * 32, "vm", images, {"vda": "now"}, snapshots, below, targets=("vda",))
+
+
+def _layer(directory: Path, name: str, below: str | None) -> Image:
+    path = directory / f"{name}.qcow2"
+    on = ["-u", "-b", f"{below}.qcow2", "-F", "qcow2"] if below else []
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *on, path, "1G"], check=True)
+    return Image(name, path, "qcow2", "vda", 1024 * MiB, below, ours=True)

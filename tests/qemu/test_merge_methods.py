@@ -22,7 +22,7 @@ from diskchain.chain.deletion import Deletion, Fold, Pull
 from diskchain.chain.model import Image, Snapshot
 from diskchain.errors import DiskchainError
 from diskchain.host import locks, probe
-from diskchain.host.qemu_img import Pace
+from diskchain.host.qemu_img import AS_FAST_AS_IT_CAN, Pace
 from diskchain.ops import merge, methods
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET
@@ -130,7 +130,7 @@ def flat(image: Image) -> bytes:
     return data
 
 
-async def carry_out(work: Fold | Pull, *, unclean: bool = False, pace: Pace = Pace()) -> Merged:
+async def carry_out(work: Fold | Pull, *, unclean: bool = False, pace: Pace = AS_FAST_AS_IT_CAN) -> Merged:
     """Under the guard, as `delete` does."""
     written = [i.path for i in (work.into, *work.gone)] if isinstance(work, Fold) else [work.overlays[0].path]
     readers = [] if isinstance(work, Fold) else [work.gone[0].path]
@@ -254,11 +254,10 @@ def test_several_layers_are_converted_unless_that_writes_much_more(place: Path) 
     shares = bool(probe.directory(place).clone)
     chain = build(place, "plain", 3, size=256 * MiB, writes=1, longest=2, middle=True)
     assert chain.middle
-    write(chain.lower, "write -P 4 0 200M")
-    write(chain.middle, "write -P 5 0 64M")
-    write(chain.upper, "write -P 6 80M 64M")
+    write(chain.middle, "write -P 5 0 48M")
+    write(chain.upper, "write -P 6 80M 48M")
     assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "convert"]
-    write(chain.upper, "write -P 6 0 64M")
+    write(chain.upper, "write -P 6 0 48M")
     assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "commit"]
 
 
