@@ -41,6 +41,19 @@ def approve_chain(
     return _linked(layers)
 
 
+def virtual_size(path: Path, fmt: str) -> int:
+    """Given a single image, return how many bytes a guest sees; what it stands on is not looked at. Raise as above."""
+    with files.UntrustedFiles() as opener:
+        layer = _look(opener, path, fmt)
+    return layer.header.virtual_size if layer.header else _raw_size(layer.status.st_size)
+
+
+def header(path: Path, fmt: str) -> Header | None:
+    """Given a single image, return its header, None of a raw one; as `virtual_size`."""
+    with files.UntrustedFiles() as opener:
+        return _look(opener, path, fmt).header
+
+
 def fingerprint(path: Path, fmt: str) -> dict[str, object]:
     """Return what tells a frozen image from a changed one: size and virtual_size in bytes, and
     qcow2: sha256 (hex) over header cluster, L1 table and all L2 tables, which changes when a write allocates or moves

@@ -14,7 +14,7 @@ from diskchain.chain.text import size as text_of
 from diskchain.errors import Busy, NoSpace, UnsupportedDisk, VMRunning
 from diskchain.host import files, locks
 from diskchain.ops import layers, merge, sharers
-from diskchain.ops.approve import approve_chain
+from diskchain.ops.approve import header, virtual_size
 from diskchain.ops.vm import VM
 
 
@@ -152,9 +152,9 @@ async def _refuse_used(path: Path) -> None:
 
 def _refuse_what_a_merge_loses(images: Sequence[Image]) -> None:
     for image in images:
-        found = approve_chain(image.path, image.fmt)[0]
-        if found.header and (found.header.has_bitmaps or found.header.snapshots):
-            what = "persistent dirty bitmaps" if found.header.has_bitmaps else "internal snapshots"
+        found = header(image.path, image.fmt)
+        if found and (found.has_bitmaps or found.snapshots):
+            what = "persistent dirty bitmaps" if found.has_bitmaps else "internal snapshots"
             raise UnsupportedDisk(f"{image.path} holds {what}; a merge would lose them",
                                   hint="qemu-img bitmap --remove / qemu-img snapshot -d, if nobody needs them")  # fmt: skip
 
@@ -162,7 +162,7 @@ def _refuse_what_a_merge_loses(images: Sequence[Image]) -> None:
 def _refuse_other_sizes(pull: Pull) -> None:
     """A pull is made with layers of one size only: where they differ, QEMU below 9 can turn in a circle (facts.md)."""
     images = (*pull.gone, *pull.overlays, *([pull.below] if pull.below else []))
-    sizes = {i.id: approve_chain(i.path, i.fmt)[0].virtual_size for i in images}
+    sizes = {i.id: virtual_size(i.path, i.fmt) for i in images}
     if len(set(sizes.values())) > 1:
         names = ", ".join(f"{i.path.name} {text_of(sizes[i.id])}" for i in images)
         raise UnsupportedDisk(f"{pull.target} was resized, its layers can't be copied upwards: {names}",

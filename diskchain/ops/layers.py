@@ -15,7 +15,7 @@ from diskchain.chain.model import Catalog, Image
 from diskchain.errors import Busy, ChainDamaged, DiskchainError, NotFound, Refused
 from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
-from diskchain.ops.approve import approve_chain, fingerprint
+from diskchain.ops.approve import approve_chain, fingerprint, virtual_size
 from diskchain.ops.vm import new_id
 from diskchain.store import seal
 
@@ -110,7 +110,7 @@ def freeze(catalog: Catalog, ids: Iterable[str]) -> Catalog:
 
 
 def _virtual_size(image: Image) -> int:
-    return approve_chain(image.path, image.fmt)[0].virtual_size
+    return virtual_size(image.path, image.fmt)
 
 
 def plan_overlays(catalog: Catalog, on: Mapping[str, str], directory: Path | None = None) -> dict[str, Image]:
@@ -125,7 +125,7 @@ def plan_overlays(catalog: Catalog, on: Mapping[str, str], directory: Path | Non
         path = (directory or below.path.parent) / f"{base.path.stem[:100]}.{target}.{image_id}.qcow2"
         if os.path.lexists(path):  # before the journal knows the name: its undo unlinks what it knows
             raise Refused(f"{path} exists already", hint="move it away, then try again")
-        size = approve_chain(below.path, below.fmt)[0].virtual_size
+        size = virtual_size(below.path, below.fmt)
         overlays[target] = Image(image_id, path, "qcow2", target, size, below_id, ours=True)
     return overlays
 

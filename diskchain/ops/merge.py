@@ -26,7 +26,7 @@ from diskchain.host.locks import ImageGuard
 from diskchain.host.qemu_img import AS_FAST_AS_IT_CAN, Pace
 from diskchain.ops import layers
 from diskchain.ops.allocation import allocated, raw_extents
-from diskchain.ops.approve import approve_chain
+from diskchain.ops.approve import virtual_size
 from diskchain.ops.progress import Progress
 
 AT_ONCE = 4  # images that are checked at the same time
@@ -134,7 +134,7 @@ async def _fit(fold: Fold, into: dict[str, Any]) -> None:
     """A disk that was made smaller above its base: commit leaves the base as long as it was, and what lies beyond the
     overlay's end would show in the VM again. (A larger overlay makes commit grow the base.)
     """
-    wanted, there = (approve_chain(i.path, i.fmt)[0].virtual_size for i in (fold.top, fold.into))
+    wanted, there = (virtual_size(i.path, i.fmt) for i in (fold.top, fold.into))
     if there > wanted:
         await qemu_img.shrink(into, wanted)
         point("merge.shrunk")

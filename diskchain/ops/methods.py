@@ -11,7 +11,7 @@ from diskchain.chain.model import Catalog, Image, KiB, MiB
 from diskchain.host import probe
 from diskchain.ops import delete_plan, merge
 from diskchain.ops.allocation import allocated
-from diskchain.ops.approve import approve_chain
+from diskchain.ops.approve import virtual_size
 
 CLONE_FROM = 256 * KiB  # mean piece from which sharing blocks beats copying (measured on XFS: 2 MiB 15x, 64 KiB 0.6x)
 CONVERT_UP_TO = 1.25  # what several layers hold, counted for each, against what is to be seen of it: from there commit
@@ -77,4 +77,4 @@ def _held(images: Sequence[Image]) -> Allocation:
 
 
 def _one_size(images: Sequence[Image]) -> bool:
-    return len({approve_chain(i.path, i.fmt)[0].virtual_size for i in images}) == 1
+    return len({virtual_size(i.path, i.fmt) for i in images}) == 1
