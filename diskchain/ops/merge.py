@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,7 @@ async def fold(
         progress.end()
     point("merge.committed")
     await _fit(fold, into)
-    guard.sync(fold.into.path)
-    await _require_sound(fold.into, direct=direct)
+    await _require_durable_and_sound(fold.into, guard, direct=direct)
     if unclean:
         await qemu_img.compare(gone[0], into, direct=direct)
     return Merged(
@@ -122,6 +121,25 @@ async def _move(fold: Fold, method: str, unclean: bool, guard: ImageGuard, tell:
 
 def _bytes(tell: Callable[[int], None], done: int, size: int) -> Callable[[float], None]:
     return lambda percent: tell(done + int(size * percent / 100))
+
+
+async def _require_durable_and_sound(image: Image, guard: ImageGuard, *, direct: bool) -> None:
+    """Sync, and check the metadata; at the same time where both look at the page cache. Raise OSError, ChainDamaged."""
+    if direct:
+        guard.sync(image.path)
+        await _require_sound(image, direct=True)
+    else:
+        await _together(asyncio.to_thread(guard.sync, image.path), _require_sound(image, direct=False))
+
+
+async def _together(*work: Coroutine[Any, Any, None]) -> None:
+    """Do some things at the same time; raise what the first of them raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 async def _require_sound(image: Image, *, direct: bool) -> None:
@@ -168,8 +186,7 @@ async def pull(
     finally:
         progress.end()
     point("merge.committed")
-    guard.sync(overlay.path)
-    await _require_sound(overlay, direct=direct)
+    await _require_durable_and_sound(overlay, guard, direct=direct)
     seconds = round(time.monotonic() - began, 3)
     return Merged(pull.target, str(pull.gone[0].path), str(overlay.path), size, seconds, pull.method)
 
@@ -229,12 +246,7 @@ async def _put_all_right(images: Sequence[Image]) -> None:
         async with turns:
             await _put_right(image, direct=False)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for image in images:
-                group.create_task(one(image))
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+    await _together(*map(one, images))
 
 
 async def _put_right(image: Image, *, direct: bool) -> None:

@@ -15,6 +15,10 @@ from diskchain.ops.approve import virtual_size
 
 CLONE_FROM = 256 * KiB  # mean piece from which sharing blocks beats copying (measured on XFS: 2 MiB 15x, 64 KiB 0.6x)
 CONVERT_UP_TO = 1.25  # what several layers hold, counted for each, against what is to be seen of it: from there commit
+CONVERT_A_LAYER = (
+    64 * MiB
+)  # ... and how much must be moved for each layer beyond the first: each is a process of its own
+CLONE_A_LAYER = 32 * MiB
 UP_BELOW = 0.6  # a pull flushes every write, and is worth it only where it moves clearly less ...
 UP_SAVES = 64 * MiB  # ... and much less
 
@@ -48,9 +52,15 @@ def _method(fold: Fold) -> str:
     if not _one_size((*fold.gone, fold.into)):
         return "commit"
     layers = [allocated(image.path) for image in fold.gone]
-    if _shares_blocks(fold) and all(mean_run(a) >= CLONE_FROM for a in layers if a.rows):
+    each, shown = sum(map(held_bytes, layers)), held_bytes(union(layers))
+    one_more = len(layers) - 1
+    if (
+        _shares_blocks(fold)
+        and all(mean_run(a) >= CLONE_FROM for a in layers if a.rows)
+        and shown >= CLONE_A_LAYER * one_more
+    ):
         return "clone"
-    if len(layers) > 1 and sum(map(held_bytes, layers)) > CONVERT_UP_TO * held_bytes(union(layers)):
+    if one_more and (each > CONVERT_UP_TO * shown or shown < CONVERT_A_LAYER * one_more):
         return "commit"
     return "convert"
 

@@ -117,6 +117,13 @@ def test_configuration_example_holds_the_defaults(tmp_path: Path) -> None:
     assert set(re.findall(r"^(\w+) =", example, re.MULTILINE)) == {n.split(".")[-1] for n in settings(Config())}
 
 
+def test_configuration_a_word_that_is_none_of_a_settings_words_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "diskchain.toml"
+    file.write_text('[merge]\nio_priority = "low"\n')
+    with pytest.raises(errors.UsageError, match=r"merge\.io_priority is 'low'"):
+        load_config(file, env={})
+
+
 def test_exit_codes_every_class_stands_in_the_row_of_its_code() -> None:
     """docs/exit-codes.md has a row for each code, with the kinds that scripts see."""
     rows = dict(re.findall(r"^\| (\d+) \| (.*?) \|", text("docs/exit-codes.md"), re.MULTILINE))

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from diskchain.cli.app import COMMANDS, root
-from diskchain.cli.options import parse_duration
+from diskchain.cli.options import parse_duration, parse_rate
 from diskchain.config import Config
 
 from .conftest import Run, Web1
@@ -156,6 +156,19 @@ def test_broken_pipe_is_quiet(web1: Web1) -> None:
 @pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("60s", 60), ("5m", 300), ("1h", 3600), ("2", 2)])
 def test_duration_is_read(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("200M", 200 << 20), ("1.5G/s", 3 << 29), ("64KiB", 1 << 16), ("65536", 1 << 16)]
+)
+def test_rate_is_read(text: str, rate: int) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "M", "-5M", "1e9", "fast", "63K", "0", "1P"])
+def test_rate_that_is_none_or_too_small_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"rate|less than"):
+        parse_rate(text)
 
 
 @pytest.mark.parametrize("text", ["", "m", "-5s", "1y", "1e9", "٣s", "nan", "inf"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from tests.support.zygote import heed_ctrl_c
 
-from .conftest import Web1
+from .conftest import Web1, io
 
 
 def test_define_again_and_list(web1: Web1) -> None:
@@ -83,6 +84,22 @@ def test_delete_merges_and_every_state_reads_the_same(web1: Web1) -> None:
     assert all(web1.reads(byte, f"{byte}M") for byte in (1, 2, 3, 4))
     web1.run("revert", "web1", "three", "-y")
     assert all(web1.reads(byte, f"{byte}M") for byte in (1, 2, 3)) and web1.reads(0, "4M")
+
+
+def test_delete_keeps_to_its_rate_also_when_recover_goes_on_with_it(
+    web1: Web1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate is in the journal until the merge is done."""
+    web1.run("create", "web1", "one")
+    io("-f", "qcow2", "-c", "write -P 7 0 8M", web1.active())
+    monkeypatch.setenv("DISKCHAIN_FAULT", "full:merge.committed")
+    web1.run("delete", "web1", "one", "-y", "--rate", "64M", code=3)
+    monkeypatch.setenv("DISKCHAIN_FAULT", "")
+    (entry,) = web1.directory.glob(".diskchain/*/journal/*.json")
+    assert json.loads(entry.read_text())["body"]["data"]["rate"] == 64 << 20
+    web1.run("recover", "web1")
+    assert web1.reads(7, "7M") and web1.names() == []
+    web1.run("delete", "web1", "two", "-y", "--rate", "fast", code=2)
 
 
 def test_delete_of_a_leaf_frees_what_list_said(web1: Web1) -> None:
