@@ -166,6 +166,21 @@ def union(parts: Sequence[Allocation]) -> Allocation:
     return replace(first, rows={index: Row(held, b"") for index, held in rows.items()}, own_tables=frozenset())
 
 
+def missing_runs(below: Sequence[Allocation | RawExtents], overlay: Allocation) -> Iterator[tuple[int, int]]:
+    """Yield the parts, (start, end) in guest bytes, that layers below an overlay hold and it does not hold itself.
+
+    Ascending, apart, generous: rounded outwards, and nothing is left out of an overlay with subclusters.
+    """
+    held = sorted(part for a in below for part in (runs(a) if isinstance(a, Allocation) else a.extents))
+    parts = _clipped(_rounded(held, MIN_GRANULE), overlay.virtual_size)
+    return _without(parts, () if has_subclusters(overlay) else runs(overlay))
+
+
+def has_subclusters(a: Allocation) -> bool:
+    """Whether a cluster of it can be held in part (extended L2: entries of 16 bytes)."""
+    return a.cluster_size == 16 * a.row_length
+
+
 def mean_run(a: Allocation) -> int:
     """Return the mean length of the parts that a layer holds, 0 when it holds nothing."""
     lengths = [end - start for start, end in runs(a)]
@@ -295,6 +310,20 @@ def _uncovered(parts: Iterable[tuple[int, int]], cover: Iterable[tuple[int, int]
                 break
             cover_start, cover_end = next(edges)
     return total
+
+
+def _without(parts: Iterable[tuple[int, int]], cover: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of `parts` is in no part of `cover`; both ascending and apart."""
+    edges = itertools.chain(cover, [(1 << 80, 1 << 80)])
+    cover_start, cover_end = next(edges)
+    for start, end in parts:
+        while start < end:
+            while cover_end <= start:
+                cover_start, cover_end = next(edges)
+            stop = min(end, max(start, cover_start))
+            if stop > start:
+                yield start, stop
+            start = max(stop, min(end, cover_end)) if stop < end else end
 
 
 def _on_grid(a: Allocation, grid: Allocation, *, outward: bool) -> Mapping[int, bytes | bytearray]:

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,11 @@ async def run(
     ok: Sequence[int] = (0,),
     on_output: Callable[[str], None] | None = None,
     idle: bool = False,
+    stdin: int = subprocess.DEVNULL,
 ) -> Result:
     """Run a program to its end and return what it said. Times in seconds, None = as long as it takes.
 
+    `stdin`: a descriptor that it reads from.
     `idle`: it gets the disk only when nobody else wants it (the kernel's idle I/O class; ionice becomes the program).
     `on_output` is called with each piece of stdout as it comes (progress). The child is killed with us, and when
     the caller is cancelled. Raise ToolFailed when the exit code is not in `ok` or the time is over.
@@ -92,7 +94,7 @@ async def run(
     log.debug("%s", shlex.join(argv))
     child = await asyncio.create_subprocess_exec(
         *argv,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -113,6 +115,19 @@ async def run(
     if result.returncode not in ok:
         raise ToolFailed(argv, result.returncode, err or out)
     return result
+
+
+@contextlib.contextmanager
+def open_memory(lines: Iterable[str]) -> Iterator[int]:
+    """A descriptor to read some lines from, for a program's stdin: they may be more than a command line or a pipe takes."""
+    fd = os.memfd_create("lines")
+    try:
+        with os.fdopen(fd, "w", closefd=False) as file:
+            file.writelines(lines)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 async def _collect(child: asyncio.subprocess.Process, on_output: Callable[[str], None] | None) -> tuple[str, str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diskchain.errors import ChainDamaged, ToolFailed
-from diskchain.host.process import Limits, run
+from diskchain.host.process import Limits, open_memory, run
 
 METADATA = Limits()
+COPIED_AT_ONCE = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def read_only(path: Path, fmt: str, backing: dict[str, Any] | None) -> dict[str,
     return node
 
 
+def as_named(path: Path, fmt: str) -> dict[str, Any]:
+    """As `read_only`, on what its header names."""
+    return {"driver": fmt, "read-only": True, "file": {"driver": "file", "filename": str(path)}}
+
+
 def unlocked_chain(images: Sequence[tuple[Path, str]]) -> dict[str, Any]:
     """Return the node of a chain, top first, whose images we all guard; names come from the headers (so -b finds them)."""
     off: dict[str, Any] = {"locking": "off"}
@@ -86,8 +92,9 @@ async def rebase(overlay: Path, backing_name: str, backing_fmt: str) -> None:
 
 
 async def rebase_node(overlay: dict[str, Any], backing_name: str, backing_fmt: str) -> None:
-    """As `rebase`, of an image that we guard."""
-    await run(["qemu-img", "rebase", "-u", "-F", backing_fmt, "-b", backing_name, _json(overlay)], limits=METADATA)
+    """As `rebase`, of an image that we guard; without a name it stands on nothing."""
+    fmt = ["-F", backing_fmt] if backing_name else []
+    await run(["qemu-img", "rebase", "-u", *fmt, "-b", backing_name, _json(overlay)], limits=METADATA)
 
 
 async def check(node: dict[str, Any], *, repair: bool = False, direct: bool = False) -> CheckResult:
@@ -168,27 +175,49 @@ async def _run_to_the_last_word(
         raise ToolFailed(argv, result.returncode, result.stderr)
 
 
-async def pull(
+async def copy_up(
     overlay: Path,
-    below: Path | None,
-    fmt: str,
+    parts: Iterable[tuple[int, int]],
     *,
     direct: bool,
     guard: Sequence[int],
-    on_percent: Callable[[float], None],
+    on_bytes: Callable[[int], None],
     pace: Pace = AS_FAST_AS_IT_CAN,
 ) -> None:
-    """Copy into the overlay what it shows and `below` (None: nothing) does not hold; it stands on `below` then.
+    """Copy parts, (start, end), of what an overlay shows from below into the overlay itself; its reference stays.
 
-    Every write is flushed (-t writethrough): the new reference is written last, when all that was copied is on the disk.
-    A killed pull leaves an overlay that shows the same, on the one or on the other. `rebase` has no -r: a rate is kept
-    by QEMU's throttle filter.
+    QEMU's copy-on-read, as its own streaming does it: what the overlay holds is left alone, and killed at any time it
+    shows the same. (`qemu-img rebase` flushes every run of sectors that are not zero, or would have to be trusted to
+    write its new reference after the data; facts.md.) The caller syncs, checks, and changes the reference. Raise ToolFailed.
     """
     group, file = _throttled(unlocked(overlay, "qcow2")["file"], pace)
-    await _run_to_the_last_word(
-        ["qemu-img", "rebase", *group, "-p", "-t", "directsync" if direct else "writethrough", "-b", str(below or ""),
-         *(["-F", fmt] if below else []), _json({"driver": "qcow2", "file": file})],
-        guard, on_percent, pace)  # fmt: skip
+    argv = ["qemu-io", *group, "-C", "-t", "none" if direct else "writeback", _json({"driver": "qcow2", "file": file})]
+    heard = _Copied(on_bytes)
+    with open_memory(line for part in parts for line in _reads(*part)) as commands:
+        result = await run(argv, timeout=None, pass_fds=guard, on_output=heard, idle=pace.idle, stdin=commands)
+    if result.stderr.strip() or heard.failed:
+        raise ToolFailed(argv, result.returncode, result.stderr or heard.failed)
+
+
+def _reads(start: int, end: int) -> Iterator[str]:
+    for at in range(start, end, COPIED_AT_ONCE):
+        yield f"read {at} {min(end - at, COPIED_AT_ONCE)}\n"
+
+
+class _Copied:
+    """What qemu-io says: how many bytes were read, so copied, until now; the first failure."""
+
+    def __init__(self, on_bytes: Callable[[int], None]) -> None:
+        self._on_bytes, self._rest, self._done, self.failed = on_bytes, "", 0, ""
+
+    def __call__(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            if "failed" in line:
+                self.failed = self.failed or line
+            elif found := re.search(r"read (\d+)/\d+ bytes", line):
+                self._done += int(found[1])
+        self._on_bytes(self._done)
 
 
 def _throttled(file: dict[str, Any], pace: Pace) -> tuple[list[str], dict[str, Any]]:

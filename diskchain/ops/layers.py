@@ -177,6 +177,11 @@ def verify_alone(image: Image) -> None:
         raise ChainDamaged(f"{image.path} names {name!r} as its backing file, it should stand alone")
 
 
+def stands_alone(image: Path) -> bool:
+    """Whether an image's header names no backing file."""
+    return not _header(image).backing_name
+
+
 def names_backing(image: Path, below: Image) -> bool:
     """Whether an overlay's header names this image as its backing file: as we write it, or as others do."""
     header = _header(image)

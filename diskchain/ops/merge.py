@@ -11,12 +11,20 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diskchain.chain.allocation import Allocation, RawExtents, missing_bytes, new_bytes, union
+from diskchain.chain.allocation import (
+    Allocation,
+    RawExtents,
+    has_subclusters,
+    missing_bytes,
+    missing_runs,
+    new_bytes,
+    union,
+)
 from diskchain.chain.deletion import Fold, Pull
 from diskchain.chain.model import Image
 from diskchain.errors import ChainDamaged
@@ -169,7 +177,10 @@ async def make_whole(fold: Fold, guard: ImageGuard) -> None:
 async def pull(
     pull: Pull, overlay: Image, guard: ImageGuard, *, unclean: bool, progress: Progress, pace: Pace = AS_FAST_AS_IT_CAN
 ) -> Merged:
-    """Copy what an overlay shows of the layers that go up into it; it stands on what they stood on then. Raise as `fold`."""
+    """Copy what an overlay shows of the layers that go up into it; `settle` lets it stand on what they stand on then.
+
+    Raise as `fold`.
+    """
     began = time.monotonic()
     direct = unclean and supports_direct(overlay.path)
     if unclean:
@@ -177,18 +188,42 @@ async def pull(
     else:
         await _put_right(overlay, direct=False)
     size = pulled(pull, overlay)
-    below, fmt = (pull.below.path, pull.below.fmt) if pull.below else (None, "")
+    around = (unclean or pace.idle) and supports_direct(overlay.path)
     progress.begin(f"merging {pull.target}", size, note="safe to interrupt")
     try:
         point("merge.committing")
-        await qemu_img.pull(overlay.path, below, fmt, direct=direct, guard=guard.fds,
-                            on_percent=_bytes(progress.update, 0, size), pace=pace)  # fmt: skip
+        await qemu_img.copy_up(overlay.path, _not_up_yet(pull, overlay), direct=around, guard=guard.fds,
+                               on_bytes=progress.update, pace=pace)  # fmt: skip
     finally:
         progress.end()
     point("merge.committed")
     await _require_durable_and_sound(overlay, guard, direct=direct)
+    await _require_all_up(pull, overlay, compare=unclean, direct=direct)
     seconds = round(time.monotonic() - began, 3)
     return Merged(pull.target, str(pull.gone[0].path), str(overlay.path), size, seconds, pull.method)
+
+
+def _not_up_yet(pull: Pull, overlay: Image) -> Iterator[tuple[int, int]]:
+    return missing_runs([held(i) for i in pull.gone], allocated(overlay.path))
+
+
+async def _require_all_up(pull: Pull, overlay: Image, *, compare: bool, direct: bool) -> None:
+    """Read the overlay's tables: it holds all that the layers that go hold. Where they can't tell, or after what did not
+    end well, compare what it shows on the layers that go and without them. Raise ChainDamaged.
+    """
+    if compare or has_subclusters(allocated(overlay.path)):
+        lower = (pull.below,) if pull.below else ()
+        await qemu_img.compare(_on(overlay, (*pull.gone, *lower)), _on(overlay, lower), direct=direct)
+    elif any(True for _ in _not_up_yet(pull, overlay)):
+        raise ChainDamaged(f"{overlay.path} does not hold all that was copied into it")
+
+
+def _on(overlay: Image, below: Sequence[Image]) -> dict[str, Any]:
+    """An overlay as a node on these; what the last of them stands on, its header says."""
+    node: dict[str, Any] | None = None
+    for image in reversed(below):
+        node = qemu_img.read_only(image.path, image.fmt, node) if node else qemu_img.as_named(image.path, image.fmt)
+    return qemu_img.unlocked(overlay.path, overlay.fmt, node)
 
 
 async def put_back(pull: Pull, overlay: Image, guard: ImageGuard) -> None:
@@ -202,11 +237,14 @@ async def put_back(pull: Pull, overlay: Image, guard: ImageGuard) -> None:
 
 
 async def settle(pull: Pull, overlay: Image, guard: ImageGuard) -> None:
-    """After a pull that ended well: the overlay names what is below in the way that we write it. Can be repeated."""
-    if pull.below is None:
-        layers.verify_alone(overlay)
-    else:
+    """After a pull that ended well: the overlay names what is below, or nothing. Can be repeated."""
+    if pull.below is not None:
         await _stand_on(overlay, pull.below, guard)
+        return
+    if not layers.stands_alone(overlay.path):
+        await qemu_img.rebase_node(_alone(overlay), "", "")
+        guard.sync(overlay.path)
+    layers.verify_alone(overlay)
 
 
 async def _stand_on(overlay: Image, below: Image, guard: ImageGuard) -> None:

@@ -212,7 +212,7 @@ def _engine() -> int | None:
     for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-            if words[0].endswith(b"qemu-img") and (b"commit" in words or b"convert" in words or b"-b" in words):
+            if words[0].endswith(b"qemu-io") or {b"commit", b"convert"} & set(words):
                 return int(child)
     return None
 

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diskchain.chain import allocation, qcow2
-from diskchain.chain.allocation import Allocation, RawExtents, Row, held_bytes, hidden_bytes, new_bytes, runs
+from diskchain.chain.allocation import (
+    Allocation,
+    RawExtents,
+    Row,
+    held_bytes,
+    hidden_bytes,
+    missing_runs,
+    new_bytes,
+    runs,
+)
 from fixtures.hostile import header
 
 WORD = st.one_of(
@@ -79,3 +88,24 @@ def test_raw_agrees_with_sets(upper: set[int], lower: set[int]) -> None:
     assert hidden_bytes(raw, top) == len(upper & lower) * 65536
     disk = {n for n in upper if n * 65536 < top.virtual_size}
     assert len(disk - lower) * 65536 <= new_bytes(top, raw) <= len(disk - lower) * 65536 * 1.01 + 65536
+
+
+@settings(max_examples=300, deadline=None)
+@given(upper=CLUSTERS, lower=CLUSTERS, raw=CLUSTERS, upper_grid=SIZES, lower_grid=SIZES)
+def test_missing_runs_agree_with_sets(
+    upper: set[int], lower: set[int], raw: set[int], upper_grid: tuple[int, int], lower_grid: tuple[int, int]
+) -> None:
+    """All that is held below and not above, each once, in order; beyond the disk's end nothing."""
+    top, low = layer(upper, set(), *upper_grid), layer(lower, set(), *lower_grid)
+    below = [low, RawExtents(tuple(runs(layer(raw, set(), 4096, 4))))]
+    found = list(missing_runs(below, top))
+    wanted = (units(lower, lower_grid[0]) | raw) - units(upper, upper_grid[0])
+    assert all(start < end for start, end in found) and found == sorted(found)
+    listed = [unit for start, end in found for unit in range(start // 4096, end // 4096)]
+    assert listed == sorted(unit for unit in wanted if unit * 4096 < top.virtual_size)
+
+
+def test_missing_runs_leave_nothing_out_of_an_overlay_with_subclusters() -> None:
+    top = layer({0, 1}, set(), 65536, 4096)
+    assert allocation.has_subclusters(top)
+    assert list(missing_runs([RawExtents(((0, 65536),))], top)) == [(0, 65536)]
