@@ -8,7 +8,7 @@ relinked  C to trash, guard released, unlinked                                  
 done      journal removed
 
 C = the layers that go; P = what they are folded into. A pull goes the other way: D takes what C shows, and names what C
-stood on; until `relink` D is made to name C again whenever it is interrupted, and C is whole to the end.
+stood on; until `relink` D names C (and is made to again whenever it is interrupted), and C is whole to the end.
 """
 
 from __future__ import annotations
