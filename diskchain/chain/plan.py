@@ -12,13 +12,14 @@ from diskchain.errors import NotFound, Refused
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in words, bytes that are moved, bytes needed, seconds of downtime, and what is lost."""
+    """Steps in words, bytes that are moved, bytes needed, seconds of downtime and of work, and what is lost."""
 
     title: str
     steps: tuple[str, ...]
     bytes: int = 0
     space_needed: int = 0
     downtime_estimate_s: float = 0.0
+    time_estimate_s: float = 0.0
     lost: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     point_of_no_return: str = ""
@@ -27,8 +28,8 @@ class Plan:
         """Return the form that --json prints."""
         return {
             "title": self.title, "steps": list(self.steps), "bytes": self.bytes, "space_needed": self.space_needed,
-            "downtime_estimate_s": self.downtime_estimate_s, "lost": list(self.lost),
-            "warnings": list(self.warnings), "point_of_no_return": self.point_of_no_return,
+            "downtime_estimate_s": self.downtime_estimate_s, "time_estimate_s": self.time_estimate_s,
+            "lost": list(self.lost), "warnings": list(self.warnings), "point_of_no_return": self.point_of_no_return,
         }  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def _chosen(vm: VM, asked: Asked, planned: Sequence[Deletion]) -> list[Deletion]
 
 def _plan(vm: VM, asked: Asked, deletions: Sequence[Deletion]) -> Plan:
     title = f"{vm.name}: accept the present" if asked.word == "accept" else ""
-    plan = delete_plan.to_plan(vm, deletions, title=title)
+    plan = delete_plan.to_plan(vm, deletions, title=title, rate=asked.rate)
     if asked.to is None:
         return plan
     return delete_to.to_plan(vm, delete_to.items(vm.catalog, deletions, asked.to), plan)
@@ -216,7 +216,7 @@ async def _check(vm: VM, asked: Asked, deletions: Sequence[Deletion]) -> None:
 def _with_power(vm: VM, plan: Plan, deletions: Sequence[Deletion], is_on: bool, restart: bool) -> Plan:
     if is_on and restart:
         steps = ("stop the VM by its power button", *plan.steps, "start the VM")
-        return replace(plan, steps=steps, downtime_estimate_s=20.0 + plan.bytes // look.MERGE_RATE)
+        return replace(plan, steps=steps, downtime_estimate_s=20.0 + plan.time_estimate_s)
     if is_on and any(d.moves_data for d in deletions):
         text = f"{vm.name} is on, a merge needs it to be off: diskchain stop {vm.name}, or add --restart"
         return replace(plan, warnings=(*plan.warnings, text))

@@ -199,6 +199,8 @@ def plan_lines(plan: Plan) -> list[str]:
     lines += [f"Lost: {text}" for text in plan.lost]
     if plan.space_needed:
         lines.append(f"Needed: up to {size(plan.space_needed)} of space")
+    if plan.time_estimate_s >= 1:
+        lines.append(f"Takes: about {duration(plan.time_estimate_s)}")
     if plan.downtime_estimate_s:
         lines.append(f"Outage: about {plan.downtime_estimate_s:.0f} s")
     if plan.point_of_no_return:

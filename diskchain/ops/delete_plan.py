@@ -15,7 +15,10 @@ from diskchain.errors import Busy, NoSpace, UnsupportedDisk, VMRunning
 from diskchain.host import files, locks
 from diskchain.ops import layers, merge, sharers
 from diskchain.ops.approve import header, virtual_size
+from diskchain.ops.look import MERGE_RATE
 from diskchain.ops.vm import VM
+
+CLONE_RATE = 10 << 30  # bytes a second, where blocks are shared
 
 
 def verify(catalog: Catalog, deletion: Deletion) -> None:
@@ -44,8 +47,11 @@ def _verify_overlays(catalog: Catalog, overlays: Sequence[Image]) -> None:
 # -- words and figures -------------------------------------------------------------------------------------------------
 
 
-def to_plan(vm: VM, deletions: Sequence[Deletion], *, title: str = "") -> Plan:
-    """Return the plan of some deletions in words and figures. Their layers are verified (methods.choose_all did it)."""
+def to_plan(vm: VM, deletions: Sequence[Deletion], *, title: str = "", rate: int | None = None) -> Plan:
+    """Return the plan of some deletions in words and figures. Their layers are verified (methods.choose_all did it).
+
+    `rate`: bytes a second that may be written at most.
+    """
     steps = [step for d in deletions for step in _steps(d)]
     moved = sum(_moved(d) for d in deletions)
     named = [s for d in deletions for s in (*d.snapshots, *d.waits, *d.later)]
@@ -53,6 +59,7 @@ def to_plan(vm: VM, deletions: Sequence[Deletion], *, title: str = "") -> Plan:
     return Plan(
         title or f"{vm.name}: delete {', '.join(repr(s.name) for s in named)}",
         tuple(steps) or ("nothing is to be done",), bytes=moved, space_needed=sum(_needs(deletions).values()),
+        time_estimate_s=round(sum(_seconds(d, min(rate or MERGE_RATE, MERGE_RATE)) for d in deletions), 1),
         lost=tuple(text for d in deletions for text in _lost(d)),
         point_of_no_return="when the first merge begins (then forward only)" if moving else "",
     )  # fmt: skip
@@ -95,6 +102,12 @@ def _lost(deletion: Deletion) -> Iterator[str]:
 
 def _held(images: Sequence[Image]) -> int:
     return sum(files.allocated_bytes(i.path) for i in images)
+
+
+def _seconds(deletion: Deletion, rate: int) -> float:
+    """Roughly; blocks that are shared cost by the piece, not by the byte."""
+    shared = sum(_held(f.gone) for f in deletion.folds if f.method == "clone")
+    return (_moved(deletion) - shared) / rate + shared / CLONE_RATE
 
 
 def _moved(deletion: Deletion) -> int:
