@@ -193,15 +193,17 @@ async def copy_up(
     group, file = _throttled(unlocked(overlay, "qcow2")["file"], pace)
     argv = ["qemu-io", *group, "-C", "-t", "none" if direct else "writeback", _json({"driver": "qcow2", "file": file})]
     heard = _Copied(on_bytes)
-    with open_memory(line for part in parts for line in _reads(*part)) as commands:
+    with open_memory(_commands(parts)) as commands:
         result = await run(argv, timeout=None, pass_fds=guard, on_output=heard, idle=pace.idle, stdin=commands)
     if result.stderr.strip() or heard.failed:
         raise ToolFailed(argv, result.returncode, result.stderr or heard.failed)
 
 
-def _reads(start: int, end: int) -> Iterator[str]:
-    for at in range(start, end, COPIED_AT_ONCE):
-        yield f"read {at} {min(end - at, COPIED_AT_ONCE)}\n"
+def _commands(parts: Iterable[tuple[int, int]]) -> Iterator[str]:
+    for start, end in parts:
+        for at in range(start, end, COPIED_AT_ONCE):
+            yield f"read {at} {min(end - at, COPIED_AT_ONCE)}\n"
+    yield "flush\n"  # a failure counts here; one at the end, when the image is closed, would not
 
 
 class _Copied:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -35,3 +36,27 @@ def test_convert_that_loses_its_tables_at_the_end_has_failed(tmp_path: Path) -> 
             )
         )
     assert subprocess.run(["qemu-img", "compare", "-q", base, top]).returncode == 1, "the loss is real"
+
+
+def test_copy_up_copies_what_is_missing_and_tells_of_what_failed(tmp_path: Path) -> None:
+    """The reference stays; without it the overlay shows what was copied, and what it held itself."""
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", base, "16M"], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top], check=True)
+    for command, image in (("write -P 1 0 8M", base), ("write -P 2 1M 1M", top)):
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, image], check=True, stdout=subprocess.DEVNULL)
+    copied: list[int] = []
+    work = [(0, 1 << 20), (2 << 20, 8 << 20)]
+    asyncio.run(qemu_img.copy_up(top, work, direct=False, guard=(), on_bytes=copied.append))
+    assert copied[-1] == 7 << 20
+    before = subprocess.run(["qemu-img", "info", "--output=json", top], check=True, capture_output=True).stdout
+    assert json.loads(before)["backing-filename"] == "base.qcow2"
+    asyncio.run(qemu_img.rebase_node(qemu_img.unlocked(top, "qcow2"), "", ""))
+    reads = ["read -P 1 0 1M", "read -P 2 1M 1M", "read -P 1 2M 6M", "read -P 0 8M 8M"]
+    words = [word for read in reads for word in ("-c", read)]
+    said = subprocess.run(
+        ["qemu-io", "-r", "-f", "qcow2", *words, top], check=True, capture_output=True, text=True
+    ).stdout
+    assert "Pattern" not in said
+    with pytest.raises(ToolFailed, match="failed"):
+        asyncio.run(qemu_img.copy_up(top, [(15 << 20, 17 << 20)], direct=False, guard=(), on_bytes=copied.append))
