@@ -194,9 +194,11 @@ async def copy_up(
     argv = ["qemu-io", *group, "-C", "-t", "none" if direct else "writeback", _json({"driver": "qcow2", "file": file})]
     heard = _Copied(on_bytes)
     with open_memory(_commands(parts)) as commands:
-        result = await run(argv, timeout=None, pass_fds=guard, on_output=heard, idle=pace.idle, stdin=commands)
-    if result.stderr.strip() or heard.failed:
-        raise ToolFailed(argv, result.returncode, result.stderr or heard.failed)
+        result = await run(
+            argv, timeout=None, ok=(0, 1), pass_fds=guard, on_output=heard, idle=pace.idle, stdin=commands
+        )
+    if result.returncode or result.stderr.strip() or heard.failed:
+        raise ToolFailed(argv, result.returncode, heard.failed or result.stderr or "a flush failed")
 
 
 def _commands(parts: Iterable[tuple[int, int]]) -> Iterator[str]:
@@ -216,7 +218,7 @@ class _Copied:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if "failed" in line:
-                self.failed = self.failed or line
+                self.failed = self.failed or line.removeprefix("qemu-io> ")
             elif found := re.search(r"read (\d+)/\d+ bytes", line):
                 self._done += int(found[1])
         self._on_bytes(self._done)
