@@ -254,6 +254,7 @@ def test_several_layers_are_converted_unless_that_writes_much_more(place: Path) 
     shares = bool(probe.directory(place).clone)
     chain = build(place, "plain", 3, size=256 * MiB, writes=1, longest=2, middle=True)
     assert chain.middle
+    write(chain.lower, "write -P 4 130M 100M")
     write(chain.middle, "write -P 5 0 48M")
     write(chain.upper, "write -P 6 80M 48M")
     assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "convert"]
