@@ -264,12 +264,12 @@ def test_several_layers_are_converted_unless_that_writes_much_more(place: Path) 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_rate_is_kept_and_an_idle_engine_writes_the_same(place: Path, method: str) -> None:
-    """24 MiB at 16 MiB a second take a second at least, by whatever they are moved; sharing blocks moves nothing."""
+    """24 MiB at 16 MiB a second take a second at least, by whatever they are moved; -C has no rate (nor use for one)."""
     chain = build(place, "plain", 9, size=64 * MiB, writes=2, longest=20)
     write(chain.lower if method == "stream" else chain.upper, "write -P 9 8M 24M")
     shown, work = flat(chain.upper), chain.merged_by(method)
     began = time.monotonic()
     asyncio.run(carry_out(work, pace=Pace(16 * MiB, idle=True)))
     took = time.monotonic() - began
-    assert took >= 1.0 or (method == "clone" and probe.directory(place).clone)
+    assert took >= 1.0 or method == "clone"
     assert left(chain, work) == shown
