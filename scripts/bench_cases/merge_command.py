@@ -13,7 +13,7 @@ from diskchain.ops import methods
 from scripts.bench_cases.bench import Bench, MiB, say, timed
 from scripts.bench_cases.figures import Goal, Row
 from scripts.bench_cases.merge_data import random_file, sequential, write
-from tests.support.rig import Rig
+from tests.support.rig import Answer, Rig
 
 
 def whole_command(bench: Bench, place: Path, size: int, count: int) -> Iterator[Row]:
@@ -29,8 +29,8 @@ def whole_command(bench: Bench, place: Path, size: int, count: int) -> Iterator[
             rig.ok("create", "vm", "s")
             write(rig.active()["vda"], sequential(source, 3 * size // 8, size // 4))
             subprocess.run(["sync", "-f", str(place)], check=True)
-            answers = []
-            whole.append(timed(lambda answers=answers: answers.append(rig.ok("delete", "vm", "s", "-y", "--json"))))  # type: ignore[misc]
+            answers: list[Answer] = []
+            whole.append(timed(lambda into=answers: into.append(rig.ok("delete", "vm", "s", "-y", "--json"))))  # type: ignore[misc]
             step.append(1000 * answers[0].json["merged"][0]["seconds"])
     finally:
         rig.destroy()

@@ -39,7 +39,7 @@ Goals = Mapping[str, Goal]
 
 def share(bench: Bench) -> int:
     """By what the sizes are divided: 1 with --full."""
-    return {"quick": 32, "usual": 4, "full": 1}[bench.level]
+    return {"quick": 32, "usual": 8, "full": 1}[bench.level]
 
 
 def sides(scene: Scene) -> dict[str, Side]:
@@ -70,7 +70,8 @@ def one_by_one(scene: Scene) -> list[list[str]]:
 
 def in_rounds(scene: Scene, names: Sequence[str], count: int, *, cold: bool) -> Samples:
     """Measure every side once a round, every other round in reverse."""
-    known, samples = sides(scene), {name: [] for name in names}  # type: Samples
+    known = sides(scene)
+    samples: Samples = {name: [] for name in names}
     for number in range(count):
         for name in names if number % 2 == 0 else tuple(reversed(names)):
             samples[name].append(scene.measure(known[name], cold=cold))
@@ -137,7 +138,7 @@ def _title(letter: str, kind: str, part: int) -> str:
 
 def merge(bench: Bench) -> Iterator[Row]:
     """One layer on ext4: large, scattered and small overlays against qemu-img commit (-d, -t none), rebase and dd."""
-    part, count = share(bench), bench.pairs(3, 1)
+    part, count = share(bench), bench.pairs(2, 1)
     goals: dict[tuple[str, bool], Goals] = {
         ("a", True): {NO_DROP: Goal(1 / 1.4), DD: Goal(1.25)},
         ("a", False): {NO_DROP: Goal(1 / 1.15), DD: Goal(1.25)},
@@ -146,14 +147,14 @@ def merge(bench: Bench) -> Iterator[Row]:
     with filesystem(bench, "ext4", 24 * GiB // part + GiB) as place:
         for letter in "abc" if place else "":
             assert place
-            more = (REBASE, DD) if letter == "a" else ()
-            names = (OURS, NO_DROP, COMMIT, DIRECT, *more, "by commit")
+            more = (DIRECT, REBASE, DD) if letter == "a" else ()
+            names = (OURS, NO_DROP, COMMIT, *more, "by commit")
             yield from _both_states(place, "ext4", letter, part, count, names, goals, NO_DROP)
 
 
 def shared(bench: Bench) -> Iterator[Row]:
     """One layer, and several, on XFS and btrfs, which share blocks: the same overlays against qemu-img commit -d."""
-    part, count = share(bench), bench.pairs(3, 1)
+    part, count = share(bench), bench.pairs(2, 1)
     fewer = {"written": Goal(0.01)}
     goals: dict[tuple[str, bool], Goals] = {
         ("a", True): {COMMIT: Goal(1 / 25), **fewer},
@@ -189,7 +190,7 @@ def _both_states(place: Path, kind: str, letter: str, part: int, count: int, nam
 
 def many(bench: Bench) -> Iterator[Row]:
     """2, 8 and 32 layers at once against so many merges; up instead of down; the whole command; planning 500 images."""
-    part, count = share(bench), bench.pairs(3, 1)
+    part, count = share(bench), bench.pairs(2, 1)
     with filesystem(bench, "ext4", 24 * GiB // part + GiB) as place:
         if place is None:
             return

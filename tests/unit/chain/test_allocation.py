@@ -97,7 +97,7 @@ def test_missing_runs_agree_with_sets(
 ) -> None:
     """All that is held below and not above, each once, in order; beyond the disk's end nothing."""
     top, low = layer(upper, set(), *upper_grid), layer(lower, set(), *lower_grid)
-    below = [low, RawExtents(tuple(runs(layer(raw, set(), 4096, 4))))]
+    below: list[Allocation | RawExtents] = [low, RawExtents(tuple(runs(layer(raw, set(), 4096, 4))))]
     found = list(missing_runs(below, top))
     wanted = (units(lower, lower_grid[0]) | raw) - units(upper, upper_grid[0])
     assert all(start < end for start, end in found) and found == sorted(found)
