@@ -164,5 +164,7 @@ async def before_start(vm: VM, progress: Progress) -> Recovered | None:
     if entry is not None and entry.op == "delete" and entry.state in ("intent", "commit") and delete.moves_data(entry):
         await delete.make_bootable(vm, entry)
         delete.defer(vm, entry)
+        if not (entry.data["snapshots"] or entry.data["waits"]):  # a detach: nothing remembers it
+            return Recovered("delete", entry.data["name"], entry.state, "undone", "it was given up for the start")
         return Recovered("delete", entry.data["name"], entry.state, "deferred", "it merges at the next stop")
     return await recover(vm, progress)
