@@ -22,9 +22,9 @@ from diskchain.drivers.monitor import Monitor
 from diskchain.drivers.pause_guard import WatchdogGuard
 from diskchain.drivers.protocol import Chains, Definition, Listed, PauseGuard, Serial, StateFile, VMState
 from diskchain.drivers.qemu_agent import QemuAgent
-from diskchain.drivers.qemu_argv import blockdev, command_line, node_name
+from diskchain.drivers.qemu_argv import command_line
+from diskchain.drivers.qemu_disks import QemuDisks
 from diskchain.drivers.qemu_parts import Parts, missing
-from diskchain.drivers.ready_command import ReadyCommand
 from diskchain.drivers.suitable import Unsuitable
 from diskchain.drivers.watched import WatchedQemu
 from diskchain.errors import DiskchainError, DriverFailed, Refused, Unreachable
@@ -48,7 +48,7 @@ _STATES = {
 }
 
 
-class QemuDriver(QemuAgent, MemorySaver):
+class QemuDriver(QemuDisks, QemuAgent, MemorySaver):
     """One machine of ours. `socket` is `qmp` for the holder of the VM's lock, `info` for everybody who only looks."""
 
     kind = "qemu"
@@ -60,7 +60,6 @@ class QemuDriver(QemuAgent, MemorySaver):
         self.run_dir = run_dir / registered.machine.uuid
         self._socket = socket
         self._monitor: Monitor | None = None
-        self._switch: ReadyCommand | None = None
         self._parts = Parts(registered.machine.name, registered.home, self.run_dir)
         self.name = registered.machine.name
         self.uuid = registered.machine.uuid
@@ -129,22 +128,6 @@ class QemuDriver(QemuAgent, MemorySaver):
             raise
         return _STATES.get(status, VMState.PAUSED)
 
-    async def active_files(self) -> dict[str, Path]:
-        """Return for each disk the file of its topmost node, as QEMU says."""
-        nodes = await self._execute("query-named-block-nodes", flat=True)
-        file_of = {node["node-name"].removeprefix("file-"): Path(node["file"]) for node in nodes}
-        found = {}
-        for block in await self._execute("query-block"):
-            target = _target_of(block)
-            node = block.get("inserted", {}).get("node-name", "")
-            if node.startswith("layer-"):
-                found[target] = file_of[node.removeprefix("layer-")]
-        return found
-
-    async def written_files(self) -> dict[str, Path]:
-        """There is no manager in between."""
-        return await self.active_files()
-
     async def next_files(self) -> None:
         """The catalog decides."""
 
@@ -168,11 +151,6 @@ class QemuDriver(QemuAgent, MemorySaver):
 
     async def refuse(self, operation: str) -> None:
         """Nobody else manages our machines."""
-
-    async def failed_disks(self) -> dict[str, str]:
-        """The I/O status that QEMU keeps of each disk."""
-        states = {_target_of(block): str(block.get("io-status", "ok")) for block in await self._execute("query-block")}
-        return {target: state for target, state in states.items() if state != "ok"}
 
     def _machine_running(self) -> Machine:
         try:
@@ -408,43 +386,9 @@ class QemuDriver(QemuAgent, MemorySaver):
         words = ["qemu", str(self.run_dir)]
         return WatchdogGuard.guarding(WatchedQemu(self.run_dir), words, self.home / "watchdog.log", limit)
 
-    async def prepare_disks(self, overlays: Mapping[str, Image]) -> None:
-        """blockdev-add with `backing: null`: the overlay is open, its backing file is not opened a second time.
 
-        The transaction is sent but for its last byte; a QEMU that an older diskchain started has no socket for that.
-        """
-        for image in overlays.values():
-            await self._execute("blockdev-add", **blockdev(image, None, read_only=False))
-        await self._forget_switch()
-        with contextlib.suppress(Unreachable):
-            self._switch = await ReadyCommand.open(self.run_dir / "switch.sock", "transaction",
-                                                   actions=_snapshot_actions(overlays))  # fmt: skip
-
-    async def forget_prepared(self, overlays: Mapping[str, Image]) -> None:
-        """blockdev-del of what was added."""
-        await self._forget_switch()
-        for image in overlays.values():
-            with contextlib.suppress(DriverFailed):
-                await self._execute("blockdev-del", node_name=node_name(image))
-
-    async def switch_disks(self, overlays: Mapping[str, Image]) -> None:
-        """One transaction of blockdev-snapshot: all disks or none (1-4 ms)."""
-        if self._switch:
-            await self._switch.run()
-        else:
-            await self._execute("transaction", actions=_snapshot_actions(overlays))
-
-    async def _forget_switch(self) -> None:
-        if self._switch:
-            await self._switch.close()
-            self._switch = None
-
-
-def _snapshot_actions(overlays: Mapping[str, Image]) -> list[dict[str, Any]]:
-    return [
-        {"type": "blockdev-snapshot", "data": {"node": f"layer-{image.backing}", "overlay": node_name(image)}}
-        for image in overlays.values()
-    ]
+def _machine_of(definition: Definition) -> Machine:
+    return Machine.from_dict(json.loads(definition.text)["machine"])
 
 
 def _in_chain(disk: DiskSpec, chain: Sequence[Image]) -> DiskSpec:
@@ -452,11 +396,3 @@ def _in_chain(disk: DiskSpec, chain: Sequence[Image]) -> DiskSpec:
     if not chain or any(Path(disk.image) == image.path for image in chain):
         return disk
     return replace(disk, image=str(chain[-1].path), fmt=chain[-1].fmt)
-
-
-def _target_of(block: Mapping[str, Any]) -> str:
-    return str(block.get("qdev", "")).removeprefix("/machine/peripheral/").split("/")[0]
-
-
-def _machine_of(definition: Definition) -> Machine:
-    return Machine.from_dict(json.loads(definition.text)["machine"])
