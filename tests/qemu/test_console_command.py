@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.console import Console
 from tests.support.rig import MiB, Rig, process_state, wait_for
+from tests.support.zygote import heed_signals
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ class Terminal:
         self.seen = b""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "diskchain", "console", "vm", *args], env=rig.env, start_new_session=True,
-            stdin=theirs, stdout=theirs, stderr=theirs,
+            stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=heed_signals,
         )  # fmt: skip
         os.set_blocking(self.ours, False)
 
@@ -160,7 +161,7 @@ def _stopped(rig: Rig) -> Iterator[None]:
 @contextlib.contextmanager
 def _unread(rig: Rig) -> Iterator[None]:
     process = subprocess.Popen([sys.executable, "-m", "diskchain", "console", "vm"], env=rig.env, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_signals)  # fmt: skip
     wait_for(lambda: list(rig.run_dir.glob("*/console.in")), "it is attached")
     yield
     process.terminate()  # its output pipe is full by now or not: it ends

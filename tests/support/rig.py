@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.support.guest import boot_words, guest_files
 from tests.support.image_bytes import chain_bytes, copy_sparse
-from tests.support.zygote import Zygote, heed_ctrl_c
+from tests.support.zygote import Zygote, heed_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 MiB = 1 << 20
@@ -115,7 +115,7 @@ class Rig:
         return subprocess.Popen(
             [*prefix, sys.executable, "-m", "diskchain", *args],
             env=self._env(fault), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=heed_ctrl_c,
+            preexec_fn=heed_signals,
         )  # fmt: skip
 
     def run(self, *args: str, fault: str = "", prefix: Sequence[str] = ()) -> Answer:

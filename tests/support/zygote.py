@@ -72,14 +72,15 @@ class Zygote:
             [sys.executable, "-m", "tests.support.zygote", self._address],
             cwd=self._root, env={**os.environ, "PYTHONPATH": str(self._root), **self._env},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            preexec_fn=heed_ctrl_c,
+            preexec_fn=heed_signals,
         )  # fmt: skip
         assert self._process.stdout and self._process.stdout.readline() == b"ready\n"
 
 
-def heed_ctrl_c() -> None:
-    """A shell's background ignores SIGINT, and what is started from there inherits it."""
+def heed_signals() -> None:
+    """A shell's background ignores SIGINT, nohup SIGHUP, and what is started from there inherits it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _ended(

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.support.zygote import heed_ctrl_c
+from tests.support.zygote import heed_signals
 
 from .conftest import Web1, io
 
@@ -248,7 +248,7 @@ def on_terminal(argv: list[str], question: bytes, typed: bytes) -> tuple[str, in
     """Run a program on a terminal of its own, answer its question; return what it said and its exit code."""
     pid, fd = pty.fork()
     if pid == 0:
-        heed_ctrl_c()
+        heed_signals()
         os.execv(argv[0], argv)
     said = b""
     with contextlib.suppress(OSError):  # EIO is the end of a terminal
