@@ -56,7 +56,7 @@ NO_REPAIR = Mutation((
      "    direct = unclean = False\n    if unclean:\n        await make_whole"),
     ("ops/merge.py", "    alone = _alone(image)\n    if (await qemu_img", "    return\n    if (await qemu_img"),
     ("ops/merge.py", "    if result.corruptions:\n        raise", "    if False:\n        raise"),
-    ("ops/methods.py", '    return "clone" if mean_run', '    return "commit"\n    return "clone" if mean_run'),
+    ("ops/methods.py", "    if not _one_size((*fold.gone, fold.into)):\n        return", "    if True:\n        return"),
 ))  # fmt: skip
 NO_SHARERS = Mutation((("ops/sharers.py", "    if users:\n", "    if users and False:\n"),))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts.torture_cases.campaign import Result, Worker
-from scripts.torture_cases.controls import Controls
+from scripts.torture_cases.controls import COPIES, Controls
 from scripts.torture_cases.faults import FaultsWorker, FlushesWorker, ShimTree, points, shuffled, sync_points
 from scripts.torture_cases.fuzz import FuzzWorker
 from scripts.torture_cases.kills import Kills, KillsWorker
@@ -67,6 +67,13 @@ def test_power_cuts_lose_nothing(tree: ShimTree) -> None:
 def test_damaged_input_is_answered_in_words() -> None:
     """300 inputs for each parser."""
     require_nothing_lost(FuzzWorker(SEED, 300), (f"{name}:0" for name in NAMES), len(NAMES))
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_control_can_be_made(name: str, tmp_path: Path) -> None:
+    """What it takes out still stands in diskchain as it looks for it."""
+    mutation, _ = COPIES[name]
+    mutation.copy_to(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["unlinked-first", "shared-base"])  # the others take minutes
