@@ -135,7 +135,8 @@ def command_line(
     words += ["-name", f"guest={machine.name},debug-threads=on"]
     words += ["-uuid", machine.uuid]
     words += ["-nodefaults", "-no-user-config", "-display", "none"]
-    words += ["-machine", f"{machine.machine},usb=off", "-accel", accel]
+    # no description of the saved state in JSON: only scripts that take a state apart read it, and it is made in the pause
+    words += ["-machine", f"{machine.machine},usb=off,suppress-vmdesc=on", "-accel", accel]
     words += ["-cpu", machine.cpu or ("host" if accel == "kvm" else "max")]
     words += ["-m", f"size={machine.memory // MiB}M", "-smp", str(machine.cpus)]
     words += _kernel_words(machine)
