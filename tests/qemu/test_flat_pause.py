@@ -48,6 +48,11 @@ def with_memory(rig: Rig, name: str) -> None:
     assert answer["snapshot"]["memory"]["status"] == "saved"
 
 
+def collapsed_by_the_kernel() -> int:
+    """How many ranges khugepaged has collapsed by itself, which it may do with half used ones; what we ask for is not in it."""
+    return int(Path("/sys/kernel/mm/transparent_hugepage/khugepaged/pages_collapsed").read_text())
+
+
 @pytest.mark.timeout(300)
 def test_create_puts_full_ranges_into_huge_pages_and_leaves_partly_used_ones(rig: Rig) -> None:
     """Off: split. On: together again, after the save. Ranges half used stay so: resident memory grows less than 5 %."""
@@ -63,7 +68,7 @@ def test_create_puts_full_ranges_into_huge_pages_and_leaves_partly_used_ones(rig
         half = [n for n, used in enumerate(ram(rig).used()) if used == 0][:15]
         assert len(half) == 15
         ram(rig).use(half, every=2)
-        before = ram(rig)
+        before, kernel = ram(rig), collapsed_by_the_kernel()
         assert [before.used()[n] for n in half] == [256] * 15
 
         rig.configure("")
@@ -71,7 +76,10 @@ def test_create_puts_full_ranges_into_huge_pages_and_leaves_partly_used_ones(rig
         after = ram(rig)
         assert after.huge >= 0.9 * fresh.resident
         assert after.resident <= 1.05 * before.resident
-        assert [after.used()[n] for n in half] == [256] * 15
+        grown = [n for n in half if after.used()[n] != 256]
+        assert len(grown) <= collapsed_by_the_kernel() - kernel, (
+            "half used ranges were collapsed, and not by khugepaged"
+        )
         counts_on(console)
 
         mark = console.mark()

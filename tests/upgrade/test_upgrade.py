@@ -28,6 +28,8 @@ COUNT = r"^C (\d+) bad=(\d+)"
 class OldRig(Rig):
     """Its diskchain, and what that starts, is the old system's."""
 
+    forked: bool = False
+
     def popen(self, *args: str, fault: str = "", prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
         """Start the old system's diskchain."""
         return subprocess.Popen(
