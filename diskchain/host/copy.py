@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from diskchain.errors import ChainDamaged
+from diskchain.host import files
 from diskchain.host.fault import point
-from diskchain.host.files import os_errors
 
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _PIECE = 32 << 20  # bytes between two looks whether we were cancelled
@@ -21,7 +21,7 @@ _ACROSS = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 async def copy(source: int, target: int, path: Path, on_bytes: Callable[[int], None]) -> None:
     """Make the open, empty file `target` (called `path` in messages) the same as `source`, durably. Raise NoSpace."""
-    with os_errors(path, "write"):
+    with files.os_errors(path, "write"):
         if not _cloned(source, target):
             os.ftruncate(target, os.fstat(source).st_size)
             for offset, length in _data(source):
@@ -40,20 +40,9 @@ def _cloned(source: int, target: int) -> bool:
 
 def _data(fd: int) -> Iterator[tuple[int, int]]:
     """Yield what is no hole, in pieces."""
-    end = os.fstat(fd).st_size
-    offset = 0
-    while offset < end:
-        try:
-            offset = os.lseek(fd, offset, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole is left
-                return
-            raise
-        stop = os.lseek(fd, offset, os.SEEK_HOLE)
-        while offset < stop:
-            length = min(_PIECE, stop - offset)
-            yield offset, length
-            offset += length
+    for start, end in files.data_extents(fd, os.fstat(fd).st_size):
+        for offset in range(start, end, _PIECE):
+            yield offset, min(_PIECE, end - offset)
 
 
 def _copy_piece(source: int, target: int, offset: int, length: int) -> None:
@@ -71,7 +60,7 @@ def _copy_piece(source: int, target: int, offset: int, length: int) -> None:
 
 async def compare(source: int, target: int, path: Path) -> None:
     """Compare every byte; the target is read from its disk. It was synced. Raise ChainDamaged."""
-    with os_errors(path, "read"):
+    with files.os_errors(path, "read"):
         os.posix_fadvise(target, 0, 0, os.POSIX_FADV_DONTNEED)
         size = os.fstat(source).st_size
         same = size == os.fstat(target).st_size

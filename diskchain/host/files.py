@@ -280,6 +280,20 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts, (start, end) in bytes, of a file of this size that are no holes."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
 def allocated_bytes(path: Path) -> int:
     """Bytes that the file occupies (holes don't count)."""
     with os_errors(path, "look at"):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from diskchain.chain import allocation, qcow2
@@ -31,7 +30,7 @@ def raw_extents(path: Path, *, roots: Sequence[Path] | None = None) -> RawExtent
         opened = opener.open(path)
     try:
         with files.os_errors(path, "look for holes in"):
-            return RawExtents(tuple(_extents(opened.fd, opened.status.st_size)))
+            return RawExtents(tuple(files.data_extents(opened.fd, opened.status.st_size)))
     finally:
         os.close(opened.fd)
 
@@ -59,16 +58,3 @@ def _row(fd: int, offset: int, header: Header) -> Row:
     """One L2 table; one that ends behind the end of the file is read as zeros, as QEMU does."""
     table = files.read_span(fd, offset, header.cluster_size)
     return allocation.row(table.ljust(header.cluster_size, b"\0"), header)
-
-
-def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole is left
-                return
-            raise
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
