@@ -225,9 +225,9 @@ def users(host: Host, image: Path) -> list[User]:
     scan = images_known.scan(images_known.directories(host, image.parent))
     above = dict(scan.overlays_of(target))
     vms = list(_vms(host, target, above))
-    named = {identity for user in vms for identity in [_identity(user.path)] if identity}
+    named = {_identity(user.path) for user in vms} | _layers(host)
     overlays = [User(f"the file {path}", "stands on it", path) for i, path in sorted(above.items(), key=lambda x: x[1])
-                if i not in named and not _known(host, i)]  # fmt: skip
+                if i not in named]  # fmt: skip
     return [*vms, *overlays, *_names(image, scan.names.get(target, [])), *_holders(image)]
 
 
@@ -254,11 +254,9 @@ def _state(domain: Domain) -> str:
     return "running" if domain.active else "saved" if domain.managed_save else "defined"
 
 
-def _known(host: Host, identity: Identity) -> bool:
-    """Whether a file is a layer in some catalog: its VM was named."""
-    return any(
-        _identity(i.path) == identity for _, catalog in images_known.catalogs(host) for i in catalog.images.values()
-    )
+def _layers(host: Host) -> set[Identity | None]:
+    """Return every file that is a layer in some catalog: its VM was named."""
+    return {_identity(i.path) for _, catalog in images_known.catalogs(host) for i in catalog.images.values()}
 
 
 def _names(image: Path, found: list[Path]) -> Iterator[User]:
