@@ -89,7 +89,6 @@ class EnospcWorker(Worker):
     def __init__(self, seed: int, place: Path) -> None:
         self._seed, self._place = seed, place
         self._on: dict[str, tuple[Volume, Tree]] = {}
-        self._usual: dict[str, float] = {}
         self._last: Tree | None = None
 
     def run(self, case: str) -> Result:
@@ -98,8 +97,8 @@ class EnospcWorker(Worker):
         self._last = tree
         name = rng.choice(sorted(EVERY))
         command = EVERY[name]
+        usual = tree.usual_time(name)
         tree.restore(command)
-        usual = self._usual_time(kind, name, tree)
         after, leave = rng.random() * usual, rng.choice((0, 0, 4096, 65536, rng.randrange(4 * MiB)))
         over = threading.Event()
         thread = threading.Thread(target=lambda: over.wait(after) or volume.fill(leave))
@@ -119,14 +118,6 @@ class EnospcWorker(Worker):
             volume = Volume(kind, self._place / kind)
             self._on[kind] = volume, Tree(volume.path / "tree", Zygote())
         return self._on[kind]
-
-    def _usual_time(self, kind: str, name: str, tree: Tree) -> float:
-        if f"{kind} {name}" not in self._usual:
-            began = time.monotonic()
-            tree.rig.ok(*EVERY[name].args)
-            self._usual[f"{kind} {name}"] = time.monotonic() - began
-            tree.restore(EVERY[name])
-        return self._usual[f"{kind} {name}"]
 
     def keep(self, to: Path) -> None:
         if self._last:

@@ -17,7 +17,7 @@ from typing import ClassVar
 from scripts.torture_cases import shim
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.shim import Shim
-from scripts.torture_cases.tree import EVERY, SIZE, Tree
+from scripts.torture_cases.tree import EVERY, SIZE, Tree, TreeWorker
 from tests.support.rig import Answer, Rig
 from tests.support.tree_cases import Case, without_let_go
 from tests.support.zygote import Zygote
@@ -99,11 +99,8 @@ def sync_points(tree: ShimTree, names: Sequence[str]) -> list[str]:
     return [f"{name}:{n}:{kind}" for name, count in counts.items() for n in range(1, count + 1) for kind in kinds]
 
 
-class FaultsWorker(Worker):
+class FaultsWorker(TreeWorker[ShimTree]):
     """One tree, struck again and again."""
-
-    def __init__(self, tree: ShimTree) -> None:
-        self._tree = tree
 
     def run(self, case: str) -> Result:
         first, _, second = case.partition("+")
@@ -120,12 +117,6 @@ class FaultsWorker(Worker):
             faults += bool(what2)
         found, lost, silent, stuck = self._tree.recovered(command, answer)
         return Result(case, bool(what), [*wrong, *found], lost, silent, stuck, faults, "; ".join(notes))
-
-    def keep(self, to: Path) -> None:
-        self._tree.keep(to)
-
-    def close(self) -> None:
-        self._tree.close()
 
 
 def undocumented(answer: Answer) -> list[str]:
@@ -157,11 +148,12 @@ class Flushes(Campaign):
         return FlushesWorker(self.seed, ShimTree(place))
 
 
-class FlushesWorker(Worker):
+class FlushesWorker(TreeWorker[ShimTree]):
     """One tree whose syncs fail."""
 
     def __init__(self, seed: int, tree: ShimTree) -> None:
-        self._seed, self._tree = seed, tree
+        super().__init__(tree)
+        self._seed = seed
 
     def run(self, case: str) -> Result:
         name, n, kind, _ = case.split(":")
@@ -174,12 +166,6 @@ class FlushesWorker(Worker):
             wrong, lost = guest_writes(self._tree, command, random.Random(f"guest {self._seed} {case}"))
             silent = bool(wrong)
         return Result(case, bool(what), wrong, lost, silent, stuck, int(bool(what)), f"{what} -> {answer.code}")
-
-    def keep(self, to: Path) -> None:
-        self._tree.keep(to)
-
-    def close(self) -> None:
-        self._tree.close()
 
 
 def guest_writes(tree: Tree, case: Case, rng: random.Random) -> tuple[list[str], int]:

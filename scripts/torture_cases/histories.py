@@ -20,7 +20,7 @@ from typing import ClassVar
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.faults import undocumented
 from scripts.torture_cases.kills import Killer, Shot
-from scripts.torture_cases.tree import EVERY, Tree
+from scripts.torture_cases.tree import EVERY, Tree, TreeWorker
 from tests.support.rig import Answer
 from tests.support.zygote import Zygote
 
@@ -101,11 +101,12 @@ class Histories(Campaign):
         return HistoriesWorker(self.seed, Tree(place, Zygote()))
 
 
-class HistoriesWorker(Worker):
+class HistoriesWorker(TreeWorker[Tree]):
     """One tree, several clients."""
 
     def __init__(self, seed: int, tree: Tree) -> None:
-        self._seed, self._tree = seed, tree
+        super().__init__(tree)
+        self._seed = seed
         self._content = {"|".join(want.values()): name for name, want in tree.rig.expected.items() if name != "mix"}
 
     def run(self, case: str) -> Result:
@@ -179,9 +180,3 @@ class HistoriesWorker(Worker):
     def _named(self, disks: dict[str, Path]) -> str:
         digest = "|".join(self._tree.rig.digest(path) for path in disks.values())
         return {"s4": "now", "before-revert-2": "now"}.get(name := self._content.get(digest, "unknown"), name)
-
-    def keep(self, to: Path) -> None:
-        self._tree.keep(to)
-
-    def close(self) -> None:
-        self._tree.close()

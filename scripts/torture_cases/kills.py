@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
-from scripts.torture_cases.tree import EVERY, Tree
+from scripts.torture_cases.tree import EVERY, Tree, TreeWorker
 from tests.support.rig import Answer
 from tests.support.zygote import Zygote
 
@@ -111,17 +111,18 @@ class Kills(Campaign):
         return KillsWorker(self.seed, Tree(place, Zygote()))
 
 
-class KillsWorker(Worker):
+class KillsWorker(TreeWorker[Tree]):
     """One tree, shot at again and again."""
 
     def __init__(self, seed: int, tree: Tree) -> None:
-        self._seed, self._tree, self._usual = seed, tree, dict[str, float]()
+        super().__init__(tree)
+        self._seed = seed
 
     def run(self, case: str) -> Result:
         rng = random.Random(f"kills {self._seed} {case}")
         name = rng.choice(sorted(EVERY))
         command = EVERY[name]
-        usual = self._usual_time(name)
+        usual = self._tree.usual_time(name)
         self._tree.restore(command)
         shots = [Shot.at_random(rng)]
         while rng.random() < 0.4:
@@ -134,15 +135,6 @@ class KillsWorker(Worker):
         note = f"{name}: {shots}, the command ended with {answer.code}"
         return Result(case, bool(hits), wrong, lost, silent, stuck, hits, note)
 
-    def _usual_time(self, name: str) -> float:
-        if name not in self._usual:
-            self._tree.restore(EVERY[name])
-            began = time.monotonic()
-            self._tree.rig.ok(*EVERY[name].args)
-            self._usual[name] = time.monotonic() - began
-            assert self._tree.seen(EVERY[name], 0) == []
-        return self._usual[name]
-
     def _shot_at(self, args: Sequence[str], shot: Shot, usual: float) -> tuple[Answer, bool]:
         killers: list[Killer] = []
 
@@ -153,9 +145,3 @@ class KillsWorker(Worker):
         rig = self._tree.rig
         answer = Answer(*rig.zygote.run(args, rig.env, 150, started))
         return answer, killers[0].end()
-
-    def keep(self, to: Path) -> None:
-        self._tree.keep(to)
-
-    def close(self) -> None:
-        self._tree.close()

@@ -18,7 +18,7 @@ from scripts.torture_cases import shim, sim
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.faults import ShimTree
 from scripts.torture_cases.shim import Record
-from scripts.torture_cases.tree import EVERY
+from scripts.torture_cases.tree import EVERY, TreeWorker
 from tests.support.rig import Answer
 
 NOT_SAID = Answer(-1, "", "")
@@ -38,11 +38,12 @@ class Power(Campaign):
         return PowerWorker(self.seed, ShimTree(place))
 
 
-class PowerWorker(Worker):
+class PowerWorker(TreeWorker[ShimTree]):
     """One tree, and the logs of its commands."""
 
     def __init__(self, seed: int, tree: ShimTree) -> None:
-        self._seed, self._tree = seed, tree
+        super().__init__(tree)
+        self._seed = seed
 
     def run(self, case: str) -> Result:
         rng = random.Random(f"power {self._seed} {case}")
@@ -80,12 +81,6 @@ class PowerWorker(Worker):
         last = f"{log[at - 1].kind} {Path(log[at - 1].path).name}" if at else "-"
         note = f"cut after {at} of {len(log)} changes ({last}), unsynced data: {data}, names: {names}"
         return answer if at == len(log) else NOT_SAID, note
-
-    def keep(self, to: Path) -> None:
-        self._tree.keep(to)
-
-    def close(self) -> None:
-        self._tree.close()
 
 
 def instant(log: Sequence[Record], rng: random.Random) -> int:

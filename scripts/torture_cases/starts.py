@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
-from scripts.torture_cases.tree import EVERY, SIZE, Tree
+from scripts.torture_cases.tree import EVERY, SIZE, Tree, TreeWorker
 from tests.support.rig import Answer
 from tests.support.tree_cases import Case
 from tests.support.zygote import Zygote
@@ -38,17 +38,18 @@ class Starts(Campaign):
         return StartsWorker(self.seed, Tree(place, Zygote()))
 
 
-class StartsWorker(Worker):
+class StartsWorker(TreeWorker[Tree]):
     """One tree that is merged, and those who disturb."""
 
     def __init__(self, seed: int, tree: Tree) -> None:
-        self._seed, self._tree, self._usual = seed, tree, dict[str, float]()
+        super().__init__(tree)
+        self._seed = seed
 
     def run(self, case: str) -> Result:
         rng = random.Random(f"starts {self._seed} {case}")
         name = rng.choice(MERGES)
         command, rig = EVERY[name], self._tree.rig
-        usual = self._usual_time(name)
+        usual = self._tree.usual_time(name)
         self._tree.restore(command)
         merged: list[Answer] = []
         thread = threading.Thread(target=lambda: merged.append(rig.run(*command.args)))
@@ -68,20 +69,6 @@ class StartsWorker(Worker):
         raced = Case(command.args, ("raced",), 0, gone=command.gone, let_go=command.let_go)
         found, lost, silent, stuck = self._tree.recovered(raced, Answer(-1, "", ""))
         return Result(case, True, [*wrong, *found], lost, silent, stuck, 1, f"{name} -> {merged[0].code}, {said}")
-
-    def _usual_time(self, name: str) -> float:
-        if name not in self._usual:
-            self._tree.restore(EVERY[name])
-            began = time.monotonic()
-            self._tree.rig.ok(*EVERY[name].args)
-            self._usual[name] = time.monotonic() - began
-        return self._usual[name]
-
-    def keep(self, to: Path) -> None:
-        self._tree.keep(to)
-
-    def close(self) -> None:
-        self._tree.close()
 
 
 def written(path: Path, flat: bytearray, rng: random.Random) -> str:

@@ -1,72 +1,51 @@
-"""A stopped machine with a branched tree that is put back in milliseconds, and a quick form of the oracle.
-
-What qemu-img said about an image is remembered by the bytes of its whole chain: the same bytes are asked about once.
-"""
+"""A stopped machine with a branched tree that is put back in milliseconds, and workers that have one."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
+from scripts.torture_cases.campaign import Worker
 from tests.support.rig import Answer, MiB, Rig
 from tests.support.tree_cases import ALSO, CASES, Case, grow, judge, not_done, not_undone
 from tests.support.zygote import Zygote
 
-_HASHED: dict[
-    tuple[int, int, int, int], str
-] = {}  # files are looked at when nobody writes, and not put back so quickly
 EVERY = {**CASES, **ALSO}
 SIZE = 8 * MiB
 UNCHANGED = (1, 4, 5, 6, 7, 8)  # exit codes that say that nothing changed (docs/exit-codes.md)
 
 
 class TreeRig(Rig):
-    """A rig whose oracle remembers, and knows every byte that each state must show."""
+    """A rig whose oracle knows every byte that each state must show."""
 
     def prepare(self, place: Path, zygote: Zygote, env: Mapping[str, str] | None = None) -> None:
         """`place`: a directory outside the machine's. `env`: what every command finds in its environment."""
         self.zygote, self.flat, self.more_env = zygote, place / "flat", dict(env or {})
         self.flat.mkdir(parents=True, exist_ok=True)
-        self.digests: dict[str, str] = {}
-        self.checks: dict[str, list[str]] = {}
 
     @property
     def env(self) -> dict[str, str]:
         return {**super().env, **self.more_env}
 
-    def digest(self, path: Path) -> str:
+    def _flat_digest(self, path: Path) -> str:
         """As Rig's; the flat content stays in `flat`, under its digest."""
-        key = self._chain(path)
-        if key not in self.digests:
-            flat = self.flat / "new"
-            self.qemu_img("convert", "-U", "-f", self.fmt(path), "-O", "raw", str(path), str(flat))
-            self.digests[key] = _sha256(flat)
-            flat.rename(self.flat / self.digests[key])
-        return self.digests[key]
+        flat = self.flat / "new"
+        self.qemu_img("convert", "-U", "-f", self.fmt(path), "-O", "raw", str(path), str(flat))
+        with flat.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        flat.rename(self.flat / digest)
+        return digest
 
     def known(self, content: bytes) -> str:
         """Keep what a disk must show; return its digest."""
         digest = hashlib.sha256(content).hexdigest()
         (self.flat / digest).write_bytes(content)
         return digest
-
-    def _check(self, path: Path) -> list[str]:
-        key = _sha256(path)
-        if key not in self.checks:
-            self.checks[key] = super()._check(path)
-        return [f"check {path.name}: {text.partition(': ')[2]}" for text in self.checks[key]]
-
-    def _chain(self, path: Path) -> str:
-        parts = []
-        while True:
-            parts += [_sha256(path), str(path)]
-            if path.suffix == ".raw" or not (name := backing_name(path)):
-                return "\n".join(parts)
-            path = path.parent / name
 
     def lost(self, case: Case) -> int:
         """Count the bytes that no state allows, in the present and in every snapshot."""
@@ -95,26 +74,6 @@ def differing(one: bytes, other: bytes) -> int:
     return abs(len(one) - len(other)) + sum(unequal)
 
 
-def backing_name(path: Path) -> str:
-    """Return what a qcow2 header names as its backing file: read here, not by what is tested."""
-    with path.open("rb") as file:
-        head = file.read(20)
-        if head[:4] != b"QFI\xfb":
-            return ""
-        offset, length = int.from_bytes(head[8:16], "big"), int.from_bytes(head[16:20], "big")
-        file.seek(offset)
-        return file.read(length).decode("utf-8", "surrogateescape") if offset else ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        key = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        if key not in _HASHED:
-            _HASHED[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        return _HASHED[key]
-
-
 class Tree:
     """A rig with its tree, and a copy for each case's situation."""
 
@@ -125,6 +84,7 @@ class Tree:
         self.rig.prepare(place, zygote, env)
         grow(self.rig)
         self._templates: dict[tuple[str, ...], Path] = {(): self.rig.save_template()}
+        self._usual: dict[str, float] = {}
 
     def restore(self, case: Case) -> None:
         """Put everything back as it is before the case's command."""
@@ -133,6 +93,16 @@ class Tree:
             self.rig.ok(*case.before)
             self._templates[case.before] = self.rig.save_template("template-" + "-".join(case.before))
         self.rig.restore_template(self._templates[case.before])
+
+    def usual_time(self, name: str) -> float:
+        """Return how many seconds a command takes when nothing disturbs it; it is carried out for that once."""
+        if name not in self._usual:
+            self.restore(EVERY[name])
+            began = time.monotonic()
+            self.rig.ok(*EVERY[name].args)
+            self._usual[name] = time.monotonic() - began
+            assert self.seen(EVERY[name], 0) == []
+        return self._usual[name]
 
     def template(self, case: Case) -> Path:
         """Return the copy that `restore` puts back."""
@@ -167,3 +137,19 @@ class Tree:
         """Remove everything."""
         self.rig.destroy()
         shutil.rmtree(self.place, ignore_errors=True)
+
+
+T = TypeVar("T", bound=Tree)
+
+
+class TreeWorker(Worker, Generic[T]):
+    """A worker with one tree."""
+
+    def __init__(self, tree: T) -> None:
+        self._tree = tree
+
+    def keep(self, to: Path) -> None:
+        self._tree.keep(to)
+
+    def close(self) -> None:
+        self._tree.close()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PIECE = 1 << 20
+_LONGEST_NAME = 1023  # bytes, by the format; a torn header may say anything
 
 
 def copy_sparse(source: str, target: str) -> None:
@@ -62,4 +63,4 @@ def _backing(fd: int) -> str | None:
     if header[:4] != b"QFI\xfb":
         return None
     offset, length = struct.unpack(">QI", header[8:20])
-    return os.pread(fd, length, offset).decode() if offset else None
+    return os.fsdecode(os.pread(fd, min(length, _LONGEST_NAME), offset)) if offset else None
