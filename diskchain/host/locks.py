@@ -20,6 +20,7 @@ from diskchain.host.process import process_id
 # Whoever holds both 101 and 201 looks to QEMU like a writer that tolerates no other: no VM starts on the image or
 # on an overlay of it, no reader without -U gets in. Measured on QEMU 7.2 (facts.md).
 _WRITES, _SHARES_NO_WRITES = 101, 201
+GUARD_WAIT = 10.0  # seconds that an orphaned engine has to go away, before an image guard is given up
 _NOTE = 512  # bytes of a lock file: the note of its holder, padded
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diskchain.errors import ToolFailed
+from diskchain.host import qemu_img
 from diskchain.host.process import run
 from diskchain.host.qemu_img import METADATA
 
@@ -22,17 +20,9 @@ async def add(source: dict[str, Any], into: dict[str, Any], *, own_layer: bool, 
               on_percent: Callable[[float], None]) -> None:  # fmt: skip
     """Write what `source` shows into an image that nobody uses; `own_layer`: only what its topmost file itself holds.
 
-    Without `own_layer` the image is new and empty. As in qemu_img.convert_into: whatever it says on stderr is a failure.
+    Without `own_layer` the image is new and empty. Raise ToolFailed.
     """
-    how = ["-B", "below"] if own_layer else ["--target-is-zero"]
-    argv = ["qemu-img", "convert", "-p", "-n", "-W", "-m", "16", "-t", "writeback", *how, "-O", str(into["driver"]),
-            "json:" + json.dumps(source), "json:" + json.dumps(into)]  # fmt: skip
-
-    def progress(text: str) -> None:
-        found = re.findall(r"\(([\d.]+)/100%\)", text)
-        if found:
-            on_percent(float(found[-1]))
-
-    result = await run(argv, timeout=None, pass_fds=guard, on_output=progress)
-    if result.stderr.strip():
-        raise ToolFailed(argv, result.returncode, result.stderr)
+    if own_layer:
+        await qemu_img.convert_into(source, into, clone=False, guard=guard, on_percent=on_percent)
+    else:
+        await qemu_img.convert_new(source, into, guard=guard, on_percent=on_percent)

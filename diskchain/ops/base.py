@@ -20,7 +20,7 @@ from diskchain.drivers.domains import Domain
 from diskchain.errors import Busy, ChainDamaged, DiskchainError, HasSharers, NotFound, Refused, UsageError
 from diskchain.host import files, locks, mounts
 from diskchain.host.fault import point
-from diskchain.ops import images_known
+from diskchain.ops import images_known, sharers
 from diskchain.ops.approve import approve_chain, fingerprint
 from diskchain.ops.ids import now_utc
 from diskchain.ops.images_known import Identity
@@ -225,7 +225,7 @@ def users(host: Host, image: Path) -> list[User]:
     scan = images_known.scan(images_known.directories(host, image.parent))
     above = dict(scan.overlays_of(target))
     vms = list(_vms(host, target, above))
-    named = {_identity(user.path) for user in vms} | _layers(host)
+    named = {sharers.identity(user.path) for user in vms} | _layers(host)
     overlays = [User(f"the file {path}", "stands on it", path) for i, path in sorted(above.items(), key=lambda x: x[1])
                 if i not in named]  # fmt: skip
     return [*vms, *overlays, *_names(image, scan.names.get(target, [])), *_holders(image)]
@@ -241,12 +241,12 @@ def _vms(host: Host, target: Identity, above: dict[Identity, Path]) -> Iterator[
             paths = [i.path for i in catalog.images.values()]
         else:
             active = paths = list(other.disks)
-        if any(_identity(path) == target for path in active):
-            yield User(other.label, "writes to it", next(p for p in active if _identity(p) == target), state)
-        elif hit := next((p for p in paths if _identity(p) == target), None):
-            top = next((p for p in active if _identity(p) in above), hit)
+        if any(sharers.identity(path) == target for path in active):
+            yield User(other.label, "writes to it", next(p for p in active if sharers.identity(p) == target), state)
+        elif hit := next((p for p in paths if sharers.identity(p) == target), None):
+            top = next((p for p in active if sharers.identity(p) in above), hit)
             yield User(other.label, "stands on it", top, state)
-        elif hit := next((p for p in (*paths, *other.disks) if _identity(p) in above), None):
+        elif hit := next((p for p in (*paths, *other.disks) if sharers.identity(p) in above), None):
             yield User(other.label, "stands on it", hit, state)
 
 
@@ -256,7 +256,7 @@ def _state(domain: Domain) -> str:
 
 def _layers(host: Host) -> set[Identity | None]:
     """Return every file that is a layer in some catalog: its VM was named."""
-    return {_identity(i.path) for _, catalog in images_known.catalogs(host) for i in catalog.images.values()}
+    return {sharers.identity(i.path) for _, catalog in images_known.catalogs(host) for i in catalog.images.values()}
 
 
 def _names(image: Path, found: list[Path]) -> Iterator[User]:
@@ -278,10 +278,3 @@ def _names(image: Path, found: list[Path]) -> Iterator[User]:
 def _holders(image: Path) -> Iterator[User]:
     if locks.is_open(image):
         yield User(f"the process {locks.open_by(image)}", "has it open", image)
-
-
-def _identity(path: Path) -> Identity | None:
-    try:
-        return files.identity(path)
-    except (DiskchainError, ValueError):
-        return None

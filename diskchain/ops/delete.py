@@ -33,8 +33,6 @@ from diskchain.ops.vm import VM, new_id, now_utc, remove_snapshot_dir
 from diskchain.store import journal
 from diskchain.store.journal import Entry
 
-GUARD_WAIT = 10.0  # seconds that an orphaned engine has to go away
-
 
 async def delete(
     vm: VM, deletion: Deletion, progress: Progress = QUIET, *, name: str = "", rate: int | None = None
@@ -191,7 +189,7 @@ def _read(deletion: Deletion) -> list[Path]:
 
 
 def _guarded(deletion: Deletion) -> contextlib.AbstractContextManager[ImageGuard]:
-    return locks.guard_images(_written(deletion), wait=GUARD_WAIT, users=locks.open_by, readers=_read(deletion))
+    return locks.guard_images(_written(deletion), wait=locks.GUARD_WAIT, users=locks.open_by, readers=_read(deletion))
 
 
 async def _move_all(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:

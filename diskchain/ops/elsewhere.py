@@ -37,7 +37,6 @@ from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, remove_snapshot_dir
 from diskchain.store.journal import Entry
 
-GUARD_WAIT = 10.0  # seconds
 METADATA = 4 * MiB  # tables of a new image
 
 
@@ -149,7 +148,7 @@ def guarded(vm: VM, items: Sequence[Item]) -> Iterator[ImageGuard]:
     alone = list(dict.fromkeys(catalog.images[i].path for i in ours))
     below = dict.fromkeys(image.path for i in read for image in catalog.chain(i))
     readers = [path for path in below if path not in alone]
-    with locks.guard_images(alone, wait=GUARD_WAIT, users=locks.open_by, readers=readers) as guard:
+    with locks.guard_images(alone, wait=locks.GUARD_WAIT, users=locks.open_by, readers=readers) as guard:
         yield guard
 
 
@@ -312,7 +311,11 @@ async def relink_rest(catalog: Catalog, new: set[str], guard: ImageGuard | None)
 
 
 def _held(paths: Sequence[Path], guard: ImageGuard | None) -> contextlib.AbstractContextManager[ImageGuard]:
-    return contextlib.nullcontext(guard) if guard else locks.guard_images(paths, wait=GUARD_WAIT, users=locks.open_by)
+    return (
+        contextlib.nullcontext(guard)
+        if guard
+        else locks.guard_images(paths, wait=locks.GUARD_WAIT, users=locks.open_by)
+    )
 
 
 async def _relink(overlay: Image, below: Image) -> None:

@@ -24,7 +24,7 @@ from diskchain.chain.model import Catalog, Image
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.errors import ChainDamaged, NotFound, Refused
-from diskchain.host import copy, files
+from diskchain.host import copy, files, locks
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard, vm_lock
 from diskchain.ops import detach, elsewhere, layers, redefine, sharers
@@ -141,7 +141,7 @@ async def _forward(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> Non
         await _clear(vm, entry, guard)
         return
     files.fsync_dir(home.path)
-    with vm_lock(home.lock, f"move {vm.name}", wait=elsewhere.GUARD_WAIT):
+    with vm_lock(home.lock, f"move {vm.name}", wait=locks.GUARD_WAIT):
         entry = await _switch_records(vm, entry, home)
         await _clear(vm, entry, guard)
 

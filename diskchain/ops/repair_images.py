@@ -19,8 +19,6 @@ from diskchain.ops.vm import VM
 from diskchain.store import seal as seal_store
 from diskchain.store.seal import Seal
 
-GUARD_WAIT = 10.0  # seconds
-
 
 def _differing(image: Image) -> list[str] | None:
     """What differs from the recorded fingerprint; None where there is none, or the file can't be read."""
@@ -41,20 +39,13 @@ def moved_to(vm: VM, image: Image) -> Path | None:
     if image.fingerprint is None:
         return None
     beside = {i.path.parent for i in vm.catalog.images.values()}
-    taken = {_identity(i.path) for i in vm.catalog.images.values()}
+    taken = {sharers.identity(i.path) for i in vm.catalog.images.values()}
     for other, catalog in images_known.catalogs(vm.host):
         if other.uuid != vm.driver.uuid:
-            taken |= {_identity(catalog.images[i].path) for i in catalog.active.values() if i in catalog.images}
+            taken |= {sharers.identity(catalog.images[i].path) for i in catalog.active.values() if i in catalog.images}
     found = base.find(vm.host, dict(image.fingerprint), image.fmt, *beside)
-    free = [path for path in found if _identity(path) not in taken]
+    free = [path for path in found if sharers.identity(path) not in taken]
     return free[0] if len(free) == 1 else None
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        return files.identity(path)
-    except DiskchainError:
-        return None
 
 
 async def relink(vm: VM, image_id: str, place: Path) -> None:
@@ -191,7 +182,7 @@ async def leaks_of(vm: VM, image: Image) -> int:
 async def repair_leaks(vm: VM, image_id: str, path: Path) -> None:
     """Let the clusters go, under the image guard; what a guest reads stays as it is, and so do its tables."""
     image = vm.catalog.images[image_id]
-    with locks.guard_images([path], wait=GUARD_WAIT, users=locks.open_by) as guard:
+    with locks.guard_images([path], wait=locks.GUARD_WAIT, users=locks.open_by) as guard:
         await qemu_img_repair.repair_leaks(qemu_img.unlocked(path, image.fmt), guard.fds)
         point("repair.leaks")
         guard.sync(path)

@@ -55,7 +55,7 @@ def _other_machines(vm: VM, target: tuple[int, int]) -> Iterable[str]:
         if other.home is not None:
             with contextlib.suppress(DiskchainError):
                 paths += [i.path for i in catalog_store.load(Home(other.home)).images.values()]
-        if any(_identity(p) == target for p in paths):
+        if any(identity(p) == target for p in paths):
             yield other.label
 
 
@@ -109,7 +109,7 @@ def backing_identity(path: Path) -> tuple[int, int] | None:
     """Return (device, inode) of the backing file that an image names; None when it names none, or can't be read."""
     name = backing_name(path)
     file = None if name is None else _file_named(name)
-    return None if file is None else _identity(path.parent / file)
+    return None if file is None else identity(path.parent / file)
 
 
 def backing_name(path: Path) -> str | None:
@@ -146,7 +146,8 @@ def _file_named(name: str) -> str | None:
     return file if isinstance(file, str) else None
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return (device, inode) of a path (symlinks followed); None where it can't be looked at."""
     try:
         status = path.stat()
     except (OSError, ValueError):
