@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import logging
+import select
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -203,10 +205,26 @@ def _says_yes(question: str) -> bool:
     """Ask on the terminal; anything but y or yes, the end of the input too, is no."""
     with _signals_end_us():
         click.echo(f"{question} [y/N] ", err=True, nl=False)
+        wait_for(sys.stdin)
         line = sys.stdin.readline()
     if not line.endswith("\n"):
         click.echo(err=True)
     return line.strip().lower() in ("y", "yes")
+
+
+def wait_for(file: TextIO) -> None:
+    """Wait until a file can be read. A signal's Python handler runs at once, also when the signal came just before.
+
+    In readline alone such a signal waits for the input: Python looks for it before the call of read(2), not in it.
+    """
+    ours, woken = socket.socketpair()
+    with ours, woken:
+        woken.setblocking(False)
+        before = signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+        try:
+            select.select([file.fileno(), ours.fileno()], [], [])
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,15 @@ import contextlib
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from diskchain.cli.context import wait_for
 from tests.support.zygote import heed_signals
 
 from .conftest import Web1, io
@@ -259,6 +262,23 @@ def on_terminal(argv: list[str], question: bytes, typed: bytes) -> tuple[str, in
                 typed = b""
     os.close(fd)
     return said.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_signal_ends_the_wait_for_an_answer_even_when_its_handler_raises_nothing() -> None:
+    """What a signal between the question and read(2) amounts to: its handler is not what ends the wait."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _frame: came.append(number))
+    reading, writing = os.pipe()
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with os.fdopen(reading) as nothing:
+            wait_for(nothing)
+        assert came == [signal.SIGUSR1] and signal.set_wakeup_fd(-1) == -1
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+        os.close(writing)
 
 
 # -- interrupted -------------------------------------------------------------------------------------------------------
