@@ -74,6 +74,11 @@ class Machine:
         return cls(**values)
 
 
+def is_scsi(target: str) -> bool:
+    """Whether a disk sits on the machine's SCSI controller (sda, sdb, ...) instead of being a virtio-blk device."""
+    return target.startswith("sd")
+
+
 def is_q35(kind: str) -> bool:
     """Whether a machine type is of the q35 family."""
     return kind == "q35" or kind.startswith("pc-q35-")
@@ -175,6 +180,7 @@ def _matching(pattern: str, what: str) -> Callable[[Any], str]:
     return check
 
 
+TARGET = r"[sv]d[a-z]{1,2}"  # of a disk; s: is_scsi
 _UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _MACHINE_KEYS: dict[str, Callable[[Any], Any]] = {
     "name": lambda v: vm_name(_text(v)),
@@ -194,7 +200,7 @@ _MACHINE_KEYS: dict[str, Callable[[Any], Any]] = {
     "extra": _words,
 }  # fmt: skip
 _DISK_KEYS: dict[str, Callable[[Any], Any]] = {
-    "target": _matching(r"vd[a-z]{1,2}", "vda, vdb, ..."),
+    "target": _matching(TARGET, "vda, vdb, ... or sda, sdb, ..."),
     "image": _text,
     "format": _one_of("qcow2", "raw"),
     "role": _one_of("os", "data"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from diskchain.chain.machine import parse_size
+from diskchain.chain.machine import TARGET, parse_size
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.cli import context, render
@@ -21,7 +21,7 @@ from diskchain.ops.import_disks import Wanted
 from diskchain.ops.vm import Host, plain
 
 KNOWN = ["NAME", "STATE", "MEMORY", "CPUS", "DISKS", "SNAPS", "UUID", "HOME", "CONSOLE", "FIRMWARE", "TPM"]
-DISK_WORDS = {"format": "qcow2|raw", "target": "vd[a-z]{1,2}", "role": "os|data"}
+DISK_WORDS = {"format": "qcow2|raw", "target": TARGET, "role": "os|data"}
 
 
 @click.group(epilog="Example: diskchain machine define web1.toml")

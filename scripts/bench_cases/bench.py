@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.support.bare_qmp import BareGuest
 from tests.support.console import Console
-from tests.support.own_machine import NAMES, Guest, OwnMachine, make_bases
+from tests.support.own_machine import Guest, OwnMachine, make_bases
 
 MiB = 1 << 20
 SETTLE = 0.3  # seconds between two samples: what the last one left behind is over
@@ -95,9 +95,9 @@ def wait_until(ready: str, path: Path) -> None:
 def bare_twin(own: OwnMachine, guest: Guest, directory: Path) -> BareGuest:
     """Return a guest with the same command line on disks of its own."""
     directory.mkdir(parents=True)
-    paths = make_bases(directory, guest.disks)
+    paths = make_bases(directory, guest.targets)
     disks = tuple(replace(d, image=str(path)) for d, path in zip(own.machine.disks, paths, strict=True))
-    assert [d.target for d in disks] == list(NAMES[: guest.disks])
+    assert [d.target for d in disks] == list(guest.targets)
     machine = replace(own.machine, name="bare", uuid="00000000-0000-4000-8000-000000000000", disks=disks)
     return BareGuest(machine, directory, own.run_dir / "bare")
 

@@ -32,13 +32,18 @@ def pause(bench: Bench) -> Iterator[Row]:
 
 def disks(bench: Bench) -> Iterator[Row]:
     """Pause of `create` with memory against the bare QMP sequence, by number of disks."""
-    ours: dict[int, Sequence[float]] = {}
-    for count in (1, 16) if bench.quick else (1, 4, 16):
-        guest = Guest(256 * MiB, disks=count, modes="touch64")
-        row = _pause_row(bench, guest, f"pause, {count} disk{'s'[: count - 1]}, 256 MiB", bench.pairs(9, 3))
-        ours[count] = row.ours
+    ours: dict[str, Sequence[float]] = {}
+    for count, scsi in ((1, False), (4, False), (16, False), (1, True), (16, True)):
+        if bench.quick and count == 4:
+            continue
+        guest = Guest(256 * MiB, disks=count, modes="touch64", scsi=scsi)
+        name = f"{count} {'SCSI' if scsi else 'virtio'} disk{'s'[: count - 1]}"
+        row = _pause_row(bench, guest, f"pause, {name}, 256 MiB", bench.pairs(9, 3))
+        ours[name] = row.ours
         yield row
-    yield Row("pause, 16 disks, 256 MiB", ours[16], ours[1], "1 disk", goal=Goal(0.0, 10))
+    for kind in ("virtio", "SCSI"):
+        yield Row(f"pause, 16 {kind} disks, 256 MiB", ours[f"16 {kind} disks"], ours[f"1 {kind} disk"],
+                  f"1 {kind} disk", goal=Goal(0.0, 10))  # fmt: skip
 
 
 def tenth(bench: Bench) -> Iterator[Row]:

@@ -34,9 +34,9 @@ class Guest:
         wait_for(lambda: (self.console.counter() or 0) >= first + rounds, "the guest counts on")
         return self.console.counter() or 0
 
-    def frozen_at(self, name: str) -> int:
-        """The counter in a snapshot's frozen disks, read by qemu-io."""
-        path = self.rig.snapshots()[name]["vda"]
+    def frozen_at(self, name: str, target: str = "vda") -> int:
+        """The counter in a snapshot's frozen disk, read by qemu-io."""
+        path = self.rig.snapshots()[name][target]
         words = ["qemu-io", "-U", "-r", "-f", "qcow2", "-c", "read -v 0 16", str(path)]
         done = subprocess.run(words, capture_output=True, text=True)
         found = re.search(r"^0+:\s+((?:[0-9a-f]{2} +){16})", done.stdout, re.MULTILINE)

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +24,6 @@ from tests.support.guest import boot_words, guest_files
 
 MiB = 1 << 20
 T = TypeVar("T")
-NAMES = tuple(f"vd{letter}" for letter in "abcdefghijklmnop")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,12 @@ class Guest:
     cpus: int = 1
     disks: int = 2
     modes: str = "cnt,tick"
+    scsi: bool = False
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of its disks."""
+        return tuple(f"{'sd' if self.scsi else 'vd'}{letter}" for letter in "abcdefghijklmnop"[: self.disks])
 
 
 class OwnMachine:
@@ -49,7 +54,7 @@ class OwnMachine:
         self.host = Host(replace(Config(), state_dir=directory / "state", run_dir=self.run_dir, create=settings))
         file = directory / "vm.toml"
         file.write_text(_machine_file(guest))
-        make_bases(directory, guest.disks)
+        make_bases(directory, guest.targets)
         defined = asyncio.run(machine.define(self.host, file))
         self.machine: Machine = defined.machine
         self.home = Home(defined.home)
@@ -103,9 +108,9 @@ class OwnMachine:
         shutil.rmtree(self.dir, ignore_errors=True)
 
 
-def make_bases(directory: Path, count: int) -> list[Path]:
-    """Make the base images of the first `count` disks."""
-    paths = [directory / f"{target}.qcow2" for target in NAMES[:count]]
+def make_bases(directory: Path, targets: Sequence[str]) -> list[Path]:
+    """Make the base images of these disks."""
+    paths = [directory / f"{target}.qcow2" for target in targets]
     for path in paths:
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "64M"], check=True)
     return paths
@@ -116,6 +121,6 @@ def _machine_file(guest: Guest) -> str:
     lines = [
         f'name = "vm"\nmemory = "{guest.memory // MiB} MiB"\ncpus = {guest.cpus}\naccel = "tcg"',
         f'kernel = "{kernel}"\ninitrd = "{initrd}"\nappend = "{boot_words(guest.modes)}"',
-        *(f'[[disk]]\ntarget = "{target}"\nimage = "{target}.qcow2"' for target in NAMES[: guest.disks]),
+        *(f'[[disk]]\ntarget = "{target}"\nimage = "{target}.qcow2"' for target in guest.targets),
     ]
     return "\n".join(lines) + "\n"
