@@ -6,6 +6,7 @@ replacing text; where the text is not there any more the control fails, too.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
-from scripts.torture_cases.faults import FaultsWorker, FlushesWorker, ShimTree
-from scripts.torture_cases.tree import EVERY, differing
+from scripts.torture_cases.faults import FaultsWorker, ShimTree
+from scripts.torture_cases.shim import FAIL, Shim
+from scripts.torture_cases.tree import EVERY, TreeRig, differing
 from tests.support.console import Console
 from tests.support.rig import ROOT, MiB, Rig
+from tests.support.zygote import Zygote
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ NO_REPAIR = Mutation((
     ("ops/merge.py", "    if result.corruptions:\n        raise", "    if False:\n        raise"),
     ("ops/methods.py", "    if not _one_size((*fold.gone, fold.into)):\n        return", "    if True:\n        return"),
 ))  # fmt: skip
+Look = Callable[[Path, Path], Result | None]  # given a directory, and where the copy stands
 NO_SHARERS = Mutation((("ops/sharers.py", "    if users:\n", "    if users and False:\n"),))
 
 
@@ -90,17 +94,27 @@ class ControlsWorker(Worker):
 
     def _on_a_copy(self, case: str) -> Result | None:
         mutation, look = COPIES[case]
-        tree = ShimTree(self._place / "tree", mutation.copy_to(self._place / "copy"))
-        try:
-            return look(tree, self._seed)
-        finally:
-            tree.close()
+        return look(self._place / "tree", mutation.copy_to(self._place / "copy"))
 
     def close(self) -> None:
         shutil.rmtree(self._place, ignore_errors=True)
 
 
-def unlinked_first(tree: ShimTree, seed: int) -> Result | None:
+def on_a_tree(look: Callable[[ShimTree], Result | None]) -> Look:
+    """Let a function see a branched tree whose commands are those of a copy."""
+
+    def seen(place: Path, root: Path) -> Result | None:
+        tree = ShimTree(place, root)
+        try:
+            return look(tree)
+        finally:
+            tree.close()
+
+    return seen
+
+
+@on_a_tree
+def unlinked_first(tree: ShimTree) -> Result | None:
     """Layers go before what stands on them is relinked: a kill in between must be seen."""
     worker, name = FaultsWorker(tree), "delete-with-survivor"
     total = tree.count(EVERY[name])
@@ -111,18 +125,53 @@ def unlinked_first(tree: ShimTree, seed: int) -> Result | None:
     return None
 
 
-def no_repair(tree: ShimTree, seed: int) -> Result | None:
-    """A failed fdatasync of qemu-img in its default cache mode, no check, no repair, no O_DIRECT, then the guest writes."""
-    worker = FlushesWorker(seed, tree)
-    for name in ("delete-into-now", "delete-with-survivor", "delete-fork-copy", "accept"):
-        for n in range(1, tree.count(EVERY[name], syncs_only=True) + 1):
-            result = worker.run(f"{name}:{n}:EIO:0")
-            if result.wrong:
-                return replace(result, note=f"{result.case}, {result.note}")
-    return None
+def failed_sync_of_a_large_merge(place: Path, root: Path) -> Result | None:
+    """Each sync of a merge fails once; recover; the guest writes: is anything gone? `root`: whose diskchain.
+
+    The control: a failed fdatasync of qemu-img in its default cache mode, no check, no repair, no O_DIRECT. The merge must
+    put data, tables and reference counts into the base on both sides of that fdatasync: small ones do not.
+    """
+    shim = Shim(place / "shim", place / "vm")
+    rig = TreeRig(place / "vm", targets=("vda",))
+    rig.prepare(place, Zygote(root, shim.env), shim.env)
+    merged = ((1, 0, MiB), (0, MiB, MiB), (2, 2 * MiB, 8 * MiB), (6, 20 * MiB, 100 << 10))
+    try:
+        rig.build(guest=False)
+        rig.write(1, 0, 3 * MiB)
+        rig.ok("create", "vm", "s")
+        for piece in merged[2:]:
+            rig.write(*piece)
+        _qemu_io(rig.active()["vda"], f"write -z {MiB} {MiB}")
+        template = rig.save_template()
+        for n in range(1, 100):
+            rig.restore_template(template)
+            shim.arm(FAIL, at=n, error=errno.EIO, syncs_only=True)
+            answer = rig.run("delete", "vm", "s", "-y")
+            _, hits, what = shim.disarm()
+            if not hits:
+                return None
+            rig.run("recover", "vm")
+            rig.write(9, 40 * MiB, 6 * MiB)
+            wrong = [p for p in (*merged, (9, 40 * MiB, 6 * MiB)) if not _reads(rig.active()["vda"], *p)]
+            if wrong:
+                return Result("", wrong=[f"pattern {p} at {o}: not there" for p, o, _ in wrong],
+                              lost=sum(length for *_, length in wrong), note=f"sync {n}, {what} -> {answer.code}")  # fmt: skip
+        return None
+    finally:
+        rig.destroy()
 
 
-def shared_base(tree: ShimTree, seed: int) -> Result | None:
+def _reads(path: Path, pattern: int, offset: int, length: int) -> bool:
+    return "failed" not in _qemu_io(path, f"read -P {pattern} {offset} {length}")
+
+
+def _qemu_io(path: Path, command: str) -> str:
+    done = subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, str(path)], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+@on_a_tree
+def shared_base(tree: ShimTree) -> Result | None:
     """Somebody else's overlay stands on the layer that is merged into; what it shows must not change unseen."""
     rig, command = tree.rig, EVERY["delete-into-now"]
     tree.restore(command)
@@ -161,10 +210,9 @@ def changed_disks(place: Path) -> Result | None:
         rig.destroy()
 
 
-Look = Callable[[ShimTree, int], Result | None]
 COPIES: Mapping[str, tuple[Mutation, Look]] = {
     "unlinked-first": (UNLINKED_FIRST, unlinked_first),
-    "no-repair": (NO_REPAIR, no_repair),
+    "no-repair": (NO_REPAIR, failed_sync_of_a_large_merge),
     "shared-base": (NO_SHARERS, shared_base),
 }
 CONTROLS = (*COPIES, "changed-disks")
