@@ -69,6 +69,7 @@ class Scene:
             kept, used = self.dir / "kept" / name, self.dir / "used" / name
             run("dd", f"if={kept}", f"of={used}", "bs=4M", "conv=notrunc,fdatasync", "status=none", *direct)
             os.truncate(used, kept.stat().st_size)
+        run("sync", "-f", self.dir)  # else the first fsync of the merge waits for what this left to be done
         self.changed.clear()
 
     def measure(self, side: Side, *, cold: bool) -> Figures:
