@@ -128,7 +128,8 @@ async def _until_signalled(coro: Coroutine[Any, Any, T], until: int | None) -> T
 
 def progress(app: App) -> LineProgress:
     """Return a progress that suits stderr and -q; with several VMs its lines name the VM."""
-    return LineProgress(sys.stderr, quiet=app.quiet, warnings=app.warnings, vm=app.part.vm if app.part else "")
+    vm = app.part.vm if app.part else ""
+    return LineProgress(sys.stderr, quiet=app.quiet, warnings=app.warnings, vm=vm, as_json=app.json)
 
 
 # -- saying and asking -------------------------------------------------------------------------------------------------

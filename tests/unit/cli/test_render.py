@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,23 @@ def test_progress_without_terminal_says_at_most_a_line_per_10_percent() -> None:
     progress.warn("look\x1b out")
     assert stream.getvalue().endswith("warning: look\\x1b out\n")
     assert warnings == ["look\x1b out"]
+
+
+def test_progress_in_json_is_in_bytes_and_seconds() -> None:
+    stream = io.StringIO()
+    progress = LineProgress(stream, quiet=False, warnings=[], patience=0, vm="web1", as_json=True)
+    progress.begin("merging vda", 1000, note="safe to interrupt")
+    progress.update(100)
+    time.sleep(0.6)
+    progress.update(500)
+    progress.end()
+    first, second, third = (json.loads(line)["progress"] for line in stream.getvalue().splitlines())
+    assert first == {
+        "vm": "web1", "what": "merging vda", "done": 0, "total": 1000, "percent": 0, "rate": None, "eta": None,
+        "note": "safe to interrupt",
+    }  # fmt: skip
+    assert (second["done"], third["done"], third["percent"]) == (100, 500, 50)
+    assert 0 < third["rate"] <= 834 and third["eta"] >= 0.6
 
 
 def test_progress_quiet_says_only_warnings() -> None:
