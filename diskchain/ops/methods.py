@@ -17,9 +17,9 @@ from diskchain.ops.approve import virtual_size
 # in small pieces: btrfs 0.5x (the fsync of shared blocks).
 CLONE_FROM, CLONE_FEW_FROM, FEW = 64 * KiB, 256 * KiB, 64 * MiB
 CONVERT_UP_TO = 1.25  # what several layers hold, counted for each, against what is to be seen of it: from there commit
-CONVERT_A_LAYER = (
-    64 * MiB
-)  # ... and how much must be moved for each layer beyond the first: each is a process of its own
+# ... and how much must be moved for each layer beyond the first: each is a process of its own, with a flush of its own
+# (8 layers of 128 MiB, warm: 1.9 s, by commit 1.4 s)
+CONVERT_A_LAYER = 256 * MiB
 CLONE_A_LAYER = 32 * MiB
 UP_BELOW = 0.6  # a pull flushes every write, and is worth it only where it moves clearly less ...
 UP_SAVES = 64 * MiB  # ... and much less

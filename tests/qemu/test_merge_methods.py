@@ -249,14 +249,18 @@ def write(image: Image, command: str) -> None:
     subprocess.run(["qemu-io", "-f", image.fmt, "-c", command, str(image.path)], check=True, capture_output=True)
 
 
-def test_several_layers_are_converted_unless_that_writes_much_more(place: Path) -> None:
-    """Large pieces are cloned; what overlaps is written once, by commit; else each layer is converted."""
+def test_several_layers_are_converted_unless_that_writes_much_more(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large pieces are cloned; what overlaps is written once, by commit, as is what is not large; else each is converted."""
     shares = bool(probe.directory(place).clone)
     chain = build(place, "plain", 3, size=256 * MiB, writes=1, longest=2, middle=True)
     assert chain.middle
     write(chain.lower, "write -P 4 130M 100M")
     write(chain.middle, "write -P 5 0 48M")
     write(chain.upper, "write -P 6 80M 48M")
+    assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "commit"]
+    monkeypatch.setattr(methods, "CONVERT_A_LAYER", 64 * MiB)
     assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "convert"]
     write(chain.upper, "write -P 6 0 48M")
     assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "commit"]
