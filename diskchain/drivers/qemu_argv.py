@@ -9,6 +9,7 @@ from typing import Any
 
 from diskchain.chain.machine import Machine, NetSpec, is_scsi
 from diskchain.chain.model import Image, MiB
+from diskchain.drivers.accel import cpu
 from diskchain.drivers.protocol import Chains
 
 FIRST_DISK_SLOT = 5  # below: the chipset's own, network devices at 3 and 4
@@ -155,7 +156,7 @@ def command_line(
     words += ["-nodefaults", "-no-user-config", "-display", "none"]
     # no description of the saved state in JSON: only scripts that take a state apart read it, and it is made in the pause
     words += ["-machine", f"{machine.machine},usb=off,suppress-vmdesc=on", "-accel", accel]
-    words += ["-cpu", machine.cpu or ("host" if accel == "kvm" else "max")]
+    words += ["-cpu", machine.cpu or cpu(accel)]
     words += ["-m", f"size={machine.memory // MiB}M", "-smp", str(machine.cpus)]
     words += _kernel_words(machine)
     words += _console_words(machine, console)
