@@ -40,7 +40,7 @@ need_apt() {
 # need_libvirt: what a private libvirtd of the tests needs. No system daemon is installed or started; the user that it
 # looks up at its start comes with one.
 need_libvirt() {
-    need_apt libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
+    need_apt libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients swtpm swtpm-tools
     getent group libvirt-qemu >/dev/null || as_root groupadd --system libvirt-qemu
     getent group kvm >/dev/null || as_root groupadd --system kvm
     getent passwd libvirt-qemu >/dev/null || as_root useradd --system --no-create-home --home-dir /var/lib/libvirt \
