@@ -59,7 +59,7 @@ def test_the_documented_file_is_read() -> None:
         ('accel = "auto"->tpm = "yes"', 4, "tpm"),
         ('machine = "q35"->machine = "q35,x=y"', 6, "machine"),
         ('target = "vdb"->target = "vda"', 15, "vda stands twice"),
-        ('target = "vdb"->target = "sda"', 15, "target"),
+        ('target = "vdb"->target = "hda"', 15, "target"),
         ('target = "vdb"->taget = "vdb"', 15, "taget"),
         ('format = "raw"->format = "vmdk"', 17, "format"),
         ('image = "data.raw"->size = 5', 16, "size"),

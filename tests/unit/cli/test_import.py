@@ -217,7 +217,7 @@ def test_files_that_are_no_disks_of_ours_are_refused(run: Run, tmp_path: Path) -
     for name, code in (("d", 6), ("f", 6), ("t", 8), ("no", 4)):
         refused(run, tmp_path, "web1", "--disk", f"{tmp_path}/{name}.qcow2", code=code)
     qemu_img("create", "-q", "-f", "qcow2", str(tmp_path / "a.qcow2"), "8M")
-    for word in ("fromat=raw", "format=vmdk", "target=sda", "role=boot", "format=raw,format=raw"):
+    for word in ("fromat=raw", "format=vmdk", "target=hda", "role=boot", "format=raw,format=raw"):
         refused(run, tmp_path, "web1", "--disk", f"{tmp_path}/a.qcow2,{word}", code=2)
     twice = ("--disk", f"{tmp_path}/a.qcow2", "--disk", f"{tmp_path}/a.qcow2")
     assert "two disks" in refused(run, tmp_path, "web1", *twice, code=2)

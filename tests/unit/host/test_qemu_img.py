@@ -58,5 +58,5 @@ def test_copy_up_copies_what_is_missing_and_tells_of_what_failed(tmp_path: Path)
         ["qemu-io", "-r", "-f", "qcow2", *words, top], check=True, capture_output=True, text=True
     ).stdout
     assert "Pattern" not in said
-    with pytest.raises(ToolFailed, match="exit code 1: read failed"):
+    with pytest.raises(ToolFailed, match="readv failed: Input/output error"):
         asyncio.run(qemu_img.copy_up(top, [(15 << 20, 17 << 20)], direct=False, guard=(), on_bytes=copied.append))
