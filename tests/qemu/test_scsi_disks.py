@@ -39,7 +39,9 @@ def guest(tmp_path: Path) -> Iterator[Guest]:
     """A running guest that counts on a virtio-blk disk and two SCSI ones."""
     rig = Rig(tmp_path / "vm", targets=("vda", "sda", "sdc"))
     rig.build(guest=True)
-    yield Guest(rig)
+    guest = Guest(rig)
+    yield guest
+    guest.console.close()
     rig.destroy()
 
 
