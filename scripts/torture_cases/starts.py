@@ -1,4 +1,4 @@
-"""Somebody starts the VM while it is merged: by diskchain, or a plain QEMU (qemu-io) that knows only the file's name.
+"""Somebody starts the VM while it is merged: diskchain, virsh, a plain QEMU, or qemu-io, which is quicker at it.
 
 Nobody may get in while data is moved; what a QEMU wrote and was told is written must be there at the end, and nothing
 else may have changed.
@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import itertools
 import random
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
-from scripts.torture_cases.tree import EVERY, SIZE, Tree, TreeWorker
+from scripts.torture_cases.intruders import Write, by_monitor, by_qemu, by_qemu_io, by_virsh
+from scripts.torture_cases.tree import EVERY, SIZE, DomainTree, Tree
 from tests.support.rig import Answer
 from tests.support.tree_cases import Case
 from tests.support.zygote import Zygote
 
 MERGES = ("delete-into-now", "delete-fork-copy", "delete-many", "accept", "merge")
+WHO = ("qemu", "diskchain", "virsh", "qemu-io")
+Intruder = Callable[
+    [Tree, Path, list[Write]], tuple[int, str]
+]  # says how many writes were acknowledged, and how it went
 
 
 class Starts(Campaign):
@@ -32,56 +36,84 @@ class Starts(Campaign):
     counts: ClassVar[tuple[int, int, int]] = (20, 500, 2000)
 
     def cases(self) -> Iterator[str]:
-        return (f"{who}:{n}" for n in itertools.count() for who in ("qemu", "diskchain"))
+        return (f"{who}:{n}" for n in itertools.count() for who in WHO)
 
     def worker(self, place: Path) -> Worker:
-        return StartsWorker(self.seed, Tree(place, Zygote()))
+        return StartsWorker(self.seed, place)
 
 
-class StartsWorker(TreeWorker[Tree]):
-    """One tree that is merged, and those who disturb."""
+class StartsWorker(Worker):
+    """Two trees that are merged, of a machine and of a domain, and those who disturb."""
 
-    def __init__(self, seed: int, tree: Tree) -> None:
-        super().__init__(tree)
-        self._seed = seed
+    def __init__(self, seed: int, place: Path) -> None:
+        self._seed, self._place, self._zygote = seed, place, Zygote()
+        self._trees: dict[type[Tree], Tree] = {}
+        self._tree: Tree | None = None
 
     def run(self, case: str) -> Result:
         rng = random.Random(f"starts {self._seed} {case}")
-        name = rng.choice(MERGES)
-        command, rig = EVERY[name], self._tree.rig
-        usual = self._tree.usual_time(name)
-        self._tree.restore(command)
+        who, name = case.partition(":")[0], rng.choice(MERGES)
+        tree = self._tree = self._tree_of(DomainTree if who == "virsh" else Tree)
+        command, rig, writes = EVERY[name], tree.rig, chosen_writes(rng)
+        usual = tree.usual_time(name)
+        tree.restore(command)
+        flat = bytearray((rig.flat / rig.expected["now"]["vda"]).read_bytes())
         merged: list[Answer] = []
         thread = threading.Thread(target=lambda: merged.append(rig.run(*command.args)))
-        path, target = rig.active()["vda"], "vda"
+        path = rig.active()["vda"]  # somebody looked at its name before
         thread.start()
-        time.sleep(rng.random() * usual)
-        flat = bytearray((rig.flat / rig.expected["now"][target]).read_bytes())
-        if case.startswith("qemu"):
-            said = written(path, flat, rng)
-        else:
-            answer = rig.run("start", "vm", "--paused", "--wait", "0")
-            said = f"start: {answer.code}"
-        thread.join()
+        try:
+            time.sleep(rng.random() * usual)
+            count, said = INTRUDERS[who](tree, path, writes)
+        finally:
+            thread.join()
         stopped = rig.run("stop", "vm", "--force", "-y") if rig.pid() else Answer(0, "", "")
         wrong = [] if stopped.code == 0 else [f"stop ended with {stopped.code}: {stopped.err}"]
-        rig.expected["raced"] = {**rig.expected["now"], target: rig.known(bytes(flat))}
+        for write in writes[:count]:
+            flat[write.offset : write.offset + write.length] = bytes([write.pattern]) * write.length
+        rig.expected["raced"] = {**rig.expected["now"], "vda": rig.known(bytes(flat))}
         raced = Case(command.args, ("raced",), 0, gone=command.gone, let_go=command.let_go)
-        found, lost, silent, stuck = self._tree.recovered(raced, Answer(-1, "", ""))
+        found, lost, silent, stuck = tree.recovered(raced, Answer(-1, "", ""))
         return Result(case, True, [*wrong, *found], lost, silent, stuck, 1, f"{name} -> {merged[0].code}, {said}")
 
+    def _tree_of(self, kind: type[Tree]) -> Tree:
+        if kind not in self._trees:
+            self._trees[kind] = kind(self._place / kind.__name__.lower(), self._zygote)
+        return self._trees[kind]
 
-def written(path: Path, flat: bytearray, rng: random.Random) -> str:
-    """Open an image as a QEMU does, write twice with a pause between; note in `flat` what was acknowledged."""
+    def keep(self, to: Path) -> None:
+        if self._tree:
+            self._tree.keep(to)
+
+    def close(self) -> None:
+        for tree in self._trees.values():
+            tree.close()
+
+
+def chosen_writes(rng: random.Random) -> list[Write]:
+    """Return two, the second some time after the first."""
     writes = []
-    for _ in range(2):
+    for wait in (0.0, rng.choice((0, 0.005, 0.05, 0.2))):
         length = rng.choice((512, 4096, 65536))
-        writes.append((rng.randrange(1, 255), rng.randrange(0, (SIZE - length) // 512) * 512, length))
-    words = [f"write -P {p} {o} {n}" for p, o, n in writes]
-    words.insert(1, f"sleep {rng.choice((0, 5, 50, 200))}")
-    argv = ["qemu-io", "-f", "qcow2", *(w for word in words for w in ("-c", word)), str(path)]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    count = done.stdout.count("wrote ")
-    for pattern, offset, length in writes[:count]:
-        flat[offset : offset + length] = bytes([pattern]) * length
-    return f"qemu wrote {count} times" if count else f"qemu: {done.stderr.strip()[-90:]}"
+        writes.append(Write(rng.randrange(1, 255), rng.randrange(0, (SIZE - length) // 512) * 512, length, wait))
+    return writes
+
+
+def with_diskchain(tree: Tree, _: Path, writes: list[Write]) -> tuple[int, str]:
+    """`start` that waits for nothing, and writes if it may."""
+    code = tree.rig.run("start", "vm", "--paused", "--wait", "0").code
+    return (by_monitor(tree.rig, writes) if code == 0 else 0), f"start: {code}"
+
+
+def with_virsh(tree: Tree, _: Path, writes: list[Write]) -> tuple[int, str]:
+    """`virsh start`, which knows nothing of our journal."""
+    assert isinstance(tree, DomainTree)
+    return by_virsh(tree.daemon, tree.rig.name, writes)
+
+
+INTRUDERS: Mapping[str, Intruder] = {
+    "qemu": lambda _, path, writes: by_qemu(path, writes),
+    "diskchain": with_diskchain,
+    "virsh": with_virsh,
+    "qemu-io": lambda _, path, writes: by_qemu_io(path, writes),
+}

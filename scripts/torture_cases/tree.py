@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from scripts.torture_cases.campaign import Worker
+from tests.support.domain import DomainRig
+from tests.support.libvirtd import Libvirtd
 from tests.support.rig import Answer, MiB, Rig
 from tests.support.tree_cases import ALSO, CASES, Case, grow, judge, not_done, not_undone
 from tests.support.zygote import Zygote
@@ -80,11 +82,15 @@ class Tree:
     def __init__(self, place: Path, zygote: Zygote, env: Mapping[str, str] | None = None) -> None:
         shutil.rmtree(place, ignore_errors=True)
         self.place = place
-        self.rig = TreeRig(place / "vm", size=SIZE, raw=("vdb",))
+        self.rig = self.make_rig(place / "vm")
         self.rig.prepare(place, zygote, env)
         grow(self.rig)
         self._templates: dict[tuple[str, ...], Path] = {(): self.rig.save_template()}
         self._usual: dict[str, float] = {}
+
+    def make_rig(self, place: Path) -> TreeRig:
+        """Return the machine that is not built yet."""
+        return TreeRig(place, size=SIZE, raw=("vdb",))
 
     def restore(self, case: Case) -> None:
         """Put everything back as it is before the case's command."""
@@ -137,6 +143,45 @@ class Tree:
         """Remove everything."""
         self.rig.destroy()
         shutil.rmtree(self.place, ignore_errors=True)
+
+
+class DomainTreeRig(TreeRig, DomainRig):
+    """The same oracle for a domain: libvirt's XML must agree, too."""
+
+
+class DomainTree(Tree):
+    """The tree of a libvirt domain, on a libvirtd of its own."""
+
+    rig: DomainTreeRig
+
+    def __init__(self, place: Path, zygote: Zygote) -> None:
+        self.daemon = Libvirtd()
+        self.daemon.start()
+        self._xml: dict[tuple[str, ...], str] = {}
+        super().__init__(place, zygote)
+
+    def make_rig(self, place: Path) -> TreeRig:
+        return DomainTreeRig(place, size=SIZE, raw=("vdb",), daemon=self.daemon)
+
+    def restore(self, case: Case) -> None:
+        """As Tree's; and the definition."""
+        if () not in self._xml:
+            self._xml[()] = self.rig.virsh("dumpxml", self.rig.name, "--inactive")
+        if case.before not in self._xml:
+            self._define(self._xml[()])
+            super().restore(case)
+            self._xml[case.before] = self.rig.virsh("dumpxml", self.rig.name, "--inactive")
+        super().restore(case)
+        self._define(self._xml[case.before])
+
+    def _define(self, xml: str) -> None:
+        path = self.place / "back.xml"
+        path.write_text(xml)
+        self.rig.virsh("define", str(path))
+
+    def close(self) -> None:
+        super().close()
+        self.daemon.destroy()
 
 
 T = TypeVar("T", bound=Tree)

@@ -17,6 +17,7 @@ from scripts.torture_cases.fuzz import FuzzWorker
 from scripts.torture_cases.kills import Kills, KillsWorker
 from scripts.torture_cases.parsers import NAMES
 from scripts.torture_cases.power import PowerWorker
+from scripts.torture_cases.starts import Starts
 from tests.support.rig import ROOT
 
 SEED = int(os.environ.get("DISKCHAIN_SEED", "7"))
@@ -68,6 +69,16 @@ def test_a_failed_sync_of_a_large_merge_loses_nothing(tmp_path: Path) -> None:
 def test_power_cuts_lose_nothing(tree: ShimTree) -> None:
     """Data and names that were not synced are lost, kept or torn."""
     require_nothing_lost(PowerWorker(SEED, tree), (str(n) for n in itertools.count()), 14)
+
+
+def test_starts_in_the_middle_of_a_merge_lose_nothing(tmp_path: Path) -> None:
+    """By a plain QEMU, by diskchain, by virsh and by qemu-io; each writes if it gets in."""
+    campaign = Starts(SEED, tmp_path)
+    worker = campaign.worker(tmp_path / "starts")
+    try:
+        require_nothing_lost(worker, campaign.cases(), 8)
+    finally:
+        worker.close()
 
 
 def test_damaged_input_is_answered_in_words() -> None:
