@@ -1,8 +1,4 @@
-"""merge, merge-shared, merge-many: diskchain's step of a delete against qemu-img by hand, and dd as the limit.
-
-`virsh blockcommit` is left out: it needs a running domain, and its loop (512 KiB, one request in flight) was slower than
-`qemu-img commit` wherever it was measured.
-"""
+"""merge, merge-shared, merge-many: diskchain's step of a delete against qemu-img by hand and virsh, and dd as the limit."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from scripts.bench_cases import merge_domain
 from scripts.bench_cases.bench import SETTLE, Bench, MiB, say
 from scripts.bench_cases.figures import Goal, Row, median
 from scripts.bench_cases.merge_command import planning, whole_command
@@ -26,6 +23,7 @@ from scripts.bench_cases.merge_data import (
     sequential,
     zeroes,
 )
+from tests.support.libvirtd import Libvirtd
 
 GiB = 1024 * MiB
 OURS = "diskchain"
@@ -58,6 +56,12 @@ def sides(scene: Scene) -> dict[str, Side]:
     }
 
 
+def with_virsh(scene: Scene, daemon: Libvirtd) -> dict[str, Side]:
+    """What libvirt can do to a chain on which a domain runs."""
+    side: Side = {"argvs": [merge_domain.argv(daemon)], "around": lambda: merge_domain.running(daemon, scene.top)}
+    return {merge_domain.NAME: side}
+
+
 def one_by_one(scene: Scene) -> list[list[str]]:
     """So many merges, the lowest first, each followed by the relinking of the next layer."""
     argvs: list[list[str]] = []
@@ -68,9 +72,11 @@ def one_by_one(scene: Scene) -> list[list[str]]:
     return argvs
 
 
-def in_rounds(scene: Scene, names: Sequence[str], count: int, *, cold: bool) -> Samples:
-    """Measure every side once a round, every other round in reverse."""
-    known = sides(scene)
+def in_rounds(
+    scene: Scene, names: Sequence[str], count: int, *, cold: bool, more: Mapping[str, Side] | None = None
+) -> Samples:
+    """Measure every side once a round, every other round in reverse. `more`: sides besides the usual ones."""
+    known = {**sides(scene), **(more or {})}
     samples: Samples = {name: [] for name in names}
     for number in range(count):
         for name in names if number % 2 == 0 else tuple(reversed(names)):
@@ -111,6 +117,8 @@ def seconds(samples: Samples, name: str) -> list[float]:
 
 
 def _named(name: str) -> str:
+    if name == merge_domain.NAME:
+        return f"virsh {name}"
     return name if name in (DD, "one by one") else f"qemu-img {name}"
 
 
@@ -144,12 +152,12 @@ def merge(bench: Bench) -> Iterator[Row]:
         ("a", False): {NO_DROP: Goal(1 / 1.15), DD: Goal(1.25)},
         ("b", True): {NO_DROP: Goal(1 / 1.1)},
     }
-    with filesystem(bench, "ext4", 24 * GiB // part + GiB) as place:
+    with filesystem(bench, "ext4", 24 * GiB // part + GiB) as place, merge_domain.libvirt() as daemon:
         for letter in "abc" if place else "":
             assert place
             more = (DIRECT, REBASE, DD) if letter == "a" else ()
             names = (OURS, NO_DROP, COMMIT, *more, "by commit")
-            yield from _both_states(place, "ext4", letter, part, count, names, goals, NO_DROP)
+            yield from _both_states(place, "ext4", letter, part, count, names, goals, NO_DROP, daemon)
 
 
 def shared(bench: Bench) -> Iterator[Row]:
@@ -171,13 +179,15 @@ def shared(bench: Bench) -> Iterator[Row]:
 
 
 def _both_states(place: Path, kind: str, letter: str, part: int, count: int, names: Sequence[str],
-                 goals: Mapping[tuple[str, bool], Goals], against: str) -> Iterator[Row]:  # fmt: skip
+                 goals: Mapping[tuple[str, bool], Goals], against: str,
+                 daemon: Libvirtd | None = None) -> Iterator[Row]:  # fmt: skip
     title = _title(letter, kind, part)
     say(f"{title}: making it; then {count} rounds of {', '.join(names)}, cold and warm")
     scene = one_layer(place, letter, part)
     scene.verify(sides(scene)[OURS])
+    more = with_virsh(scene, daemon) if daemon else {}
     for cold in (True, False):
-        samples = in_rounds(scene, names, count, cold=cold)
+        samples = in_rounds(scene, (*names, *more), count, cold=cold, more=more)
         what, wanted = f"{title}, {'cold' if cold else 'warm'}", goals.get((letter, cold), {})
         yield from rows(what, samples, wanted)
         if letter != "c" and cold:

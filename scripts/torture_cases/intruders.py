@@ -1,11 +1,12 @@
-"""Those who open an image while diskchain works on it, write to it, and count what they were told is written."""
+"""Those who open an image while diskchain works on it: they write, and count what they were told is written, or read."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +29,33 @@ class Write:
         return f"write -P {self.pattern} {self.offset} {self.length}"
 
 
-def by_qemu_io(path: Path, writes: Sequence[Write]) -> tuple[int, str]:
+@dataclass(frozen=True)
+class Visit:
+    """How it went: writes that were acknowledged, in words, and what should not have been."""
+
+    count: int
+    words: str
+    wrong: Sequence[str] = ()
+
+
+def by_backup(path: Path, to: Path, states: Collection[str]) -> Visit:
+    """Read a layer as backups do, whole and with QEMU's locks; it must hold one of these states (sha256), not a mixture."""
+    argv = ["qemu-img", "convert", "-f", Rig.fmt(path), "-O", "raw", str(path), str(to)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        return Visit(0, f"backup: {done.stderr.strip()[-90:]}")
+    found = hashlib.sha256(to.read_bytes()).hexdigest()
+    return Visit(0, "backup: read", () if found in states else (f"the backup of {path.name} holds no state",))
+
+
+def by_qemu_io(path: Path, writes: Sequence[Write]) -> Visit:
     """Open an image as a QEMU does, within 20 ms."""
     words = [word for write in writes for word in ("-c", f"sleep {int(write.wait * 1000)}", "-c", write.words())]
     done = subprocess.run(["qemu-io", "-f", "qcow2", *words, str(path)], capture_output=True, text=True)
     return _said(done.stdout, done.stderr)
 
 
-def by_qemu(path: Path, writes: Sequence[Write]) -> tuple[int, str]:
+def by_qemu(path: Path, writes: Sequence[Write]) -> Visit:
     """Start a QEMU with a disk on this image, as somebody does who knows no more than the file's name."""
     drive = f"qcow2,node-name=b,file.driver=file,file.filename={path}"
     argv = ["qemu-system-x86_64", "-machine", "q35,accel=tcg", "-m", "64", "-S", "-nodefaults", "-display", "none",
@@ -59,17 +79,17 @@ def by_monitor(rig: Rig, writes: Sequence[Write]) -> int:
         return _acknowledged("vda", writes, lambda line: str(qmp("human-monitor-command", command_line=line)))
 
 
-def by_virsh(daemon: Libvirtd, name: str, writes: Sequence[Write]) -> tuple[int, str]:
+def by_virsh(daemon: Libvirtd, name: str, writes: Sequence[Write]) -> Visit:
     """`virsh start`, the writes, `virsh destroy`. libvirt knows nothing of merges."""
     argv = ["virsh", "-q", "-c", daemon.uri, "start", "--paused", name]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode:
-        return 0, f"virsh: {done.stderr.strip()[-90:]}"
+        return Visit(0, f"virsh: {done.stderr.strip()[-90:]}")
     monitor = ("qemu-monitor-command", "--hmp", name)
     count = _acknowledged("virtio-disk0", writes, lambda line: daemon.virsh(*monitor, line))
     daemon.virsh("destroy", name)
     wait_for(lambda: daemon.virsh("domstate", name) == "shut off", "it is off")
-    return count, f"virsh wrote {count} times"
+    return Visit(count, f"virsh wrote {count} times")
 
 
 def _acknowledged(device: str, writes: Sequence[Write], hmp: Callable[[str], str]) -> int:
@@ -88,6 +108,6 @@ def _hmp(device: str, words: str) -> str:
     return f'qemu-io -d /machine/peripheral/{device}/virtio-backend "{words}"'
 
 
-def _said(out: str, err: str) -> tuple[int, str]:
+def _said(out: str, err: str) -> Visit:
     count = out.count("wrote ")
-    return count, f"wrote {count} times" if count else f"refused: {err.strip()[-90:]}"
+    return Visit(count, f"wrote {count} times" if count else f"refused: {err.strip()[-90:]}")

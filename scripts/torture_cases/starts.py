@@ -1,7 +1,8 @@
-"""Somebody starts the VM while it is merged: diskchain, virsh, a plain QEMU, or qemu-io, which is quicker at it.
+"""Somebody starts the VM while it is merged: diskchain, virsh, a plain QEMU, or qemu-io, which is quicker at it; or a
+backup reads one of its layers.
 
 Nobody may get in while data is moved; what a QEMU wrote and was told is written must be there at the end, and nothing
-else may have changed.
+else may have changed. What was read must be one state.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
-from scripts.torture_cases.intruders import Write, by_monitor, by_qemu, by_qemu_io, by_virsh
+from scripts.torture_cases.intruders import Visit, Write, by_backup, by_monitor, by_qemu, by_qemu_io, by_virsh
 from scripts.torture_cases.tree import EVERY, SIZE, DomainTree, Tree
 from tests.support.rig import Answer
 from tests.support.tree_cases import Case
@@ -60,21 +61,23 @@ class StartsWorker(Worker):
         flat = bytearray((rig.flat / rig.expected["now"]["vda"]).read_bytes())
         merged: list[Answer] = []
         thread = threading.Thread(target=lambda: merged.append(rig.run(*command.args)))
-        path = rig.active()["vda"]  # somebody looked at its name before
+        layers = [disks["vda"] for disks in rig.snapshots().values()]
+        path = rng.choice(layers) if who == "backup" else rig.active()["vda"]  # somebody looked at its name before
         thread.start()
         try:
             time.sleep(rng.random() * usual)
-            count, said = INTRUDERS[who](tree, path, writes)
+            visit = INTRUDERS[who](tree, path, writes)
         finally:
             thread.join()
         stopped = rig.run("stop", "vm", "--force", "-y") if rig.pid() else Answer(0, "", "")
-        wrong = [] if stopped.code == 0 else [f"stop ended with {stopped.code}: {stopped.err}"]
-        for write in writes[:count]:
+        wrong = [*visit.wrong, *([] if stopped.code == 0 else [f"stop ended with {stopped.code}: {stopped.err}"])]
+        for write in writes[: visit.count]:
             flat[write.offset : write.offset + write.length] = bytes([write.pattern]) * write.length
         rig.expected["raced"] = {**rig.expected["now"], "vda": rig.known(bytes(flat))}
         raced = Case(command.args, ("raced",), 0, gone=command.gone, let_go=command.let_go)
         found, lost, silent, stuck = tree.recovered(raced, Answer(-1, "", ""))
-        return Result(case, True, [*wrong, *found], lost, silent, stuck, 1, f"{name} -> {merged[0].code}, {said}")
+        note = f"{name} -> {merged[0].code}, {visit.words}"
+        return Result(case, True, [*wrong, *found], lost, silent or bool(visit.wrong), stuck, 1, note)
 
     def _tree_of(self, kind: type[Tree]) -> Tree:
         if kind not in self._trees:
@@ -99,16 +102,21 @@ def chosen_writes(rng: random.Random) -> list[Write]:
     return writes
 
 
-def with_diskchain(tree: Tree, _: Path, writes: list[Write]) -> tuple[int, str]:
+def with_diskchain(tree: Tree, _: Path, writes: list[Write]) -> Visit:
     """`start` that waits for nothing, and writes if it may."""
     code = tree.rig.run("start", "vm", "--paused", "--wait", "0").code
-    return (by_monitor(tree.rig, writes) if code == 0 else 0), f"start: {code}"
+    return Visit(by_monitor(tree.rig, writes) if code == 0 else 0, f"start: {code}")
 
 
-def with_virsh(tree: Tree, _: Path, writes: list[Write]) -> tuple[int, str]:
+def with_virsh(tree: Tree, _: Path, writes: list[Write]) -> Visit:
     """`virsh start`, which knows nothing of our journal."""
     assert isinstance(tree, DomainTree)
     return by_virsh(tree.daemon, tree.rig.name, writes)
+
+
+def with_backup(tree: Tree, path: Path, _: list[Write]) -> Visit:
+    """Whatever layer it is and whenever it is read: it shows one of the states that the VM was in."""
+    return by_backup(path, tree.place / "backup", {disks["vda"] for disks in tree.rig.expected.values()})
 
 
 INTRUDERS: Mapping[str, Intruder] = {
@@ -116,4 +124,5 @@ INTRUDERS: Mapping[str, Intruder] = {
     "diskchain": with_diskchain,
     "virsh": with_virsh,
     "qemu-io": lambda _, path, writes: by_qemu_io(path, writes),
+    "backup": with_backup,
 }

@@ -72,11 +72,11 @@ def test_power_cuts_lose_nothing(tree: ShimTree) -> None:
 
 
 def test_starts_in_the_middle_of_a_merge_lose_nothing(tmp_path: Path) -> None:
-    """By a plain QEMU, by diskchain, by virsh and by qemu-io; each writes if it gets in."""
+    """By a plain QEMU, diskchain, virsh and qemu-io, each of which writes if it gets in; a backup reads."""
     campaign = Starts(SEED, tmp_path)
     worker = campaign.worker(tmp_path / "starts")
     try:
-        require_nothing_lost(worker, campaign.cases(), 8)
+        require_nothing_lost(worker, campaign.cases(), 10)
     finally:
         worker.close()
 
