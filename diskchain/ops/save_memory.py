@@ -83,8 +83,7 @@ async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Prog
         memory = Memory("failed", reason=failure)
         files.unlink_durably(part_of(vm.home, snapshot.id))
     else:
-        entry.advance("saved")
-        memory = await seal_or_give_up(vm.home, snapshot.id, seconds)
+        memory = await seal_or_give_up(vm.home, snapshot.id, seconds, entry=entry)
     snapshot = replace(vm.catalog.snapshots[snapshot.id], memory=memory,
                        consistency=_consistency(snapshot, memory))  # fmt: skip
     vm.save(vm.catalog.with_snapshot(snapshot))
@@ -133,14 +132,29 @@ async def wait_until_over(vm: VM, progress: Progress) -> None:
     await _wait(vm, progress)
 
 
-async def seal_or_give_up(home: Home, snapshot_id: str, seconds: float) -> Memory:
-    """As `seal`; what the disk lost a part of is removed and counts as failed, or a second try might call it saved."""
+async def seal_or_give_up(home: Home, snapshot_id: str, seconds: float, *, entry: Entry | None = None) -> Memory:
+    """As `seal`; what the disk lost a part of is removed and counts as failed, or a second try might call it saved.
+
+    `entry`: becomes `saved`, once the stream is on the disk: after a power cut that word is all that recovery has.
+    """
     try:
+        if entry:
+            await _make_durable(part_of(home, snapshot_id))
+            entry.advance("saved")
         return await seal(home, snapshot_id, seconds)
     except MemoryNotSaved as error:
         with contextlib.suppress(DiskchainError):
             files.unlink_durably(part_of(home, snapshot_id))
         return Memory("failed", reason=error.message)
+
+
+async def _make_durable(part: Path) -> None:
+    with files.os_errors(part, "finish"):
+        fd = os.open(part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            await asyncio.to_thread(memory_file.sync, fd)
+        finally:
+            os.close(fd)
 
 
 async def seal(home: Home, snapshot_id: str, seconds: float) -> Memory:

@@ -62,8 +62,18 @@ class VM:
         return self.config.libvirt.register and self.driver.kind == LIBVIRT
 
     def save(self, catalog: Catalog) -> None:
-        """Write the catalog durably, and go on with it."""
-        catalog_store.save(self.home, catalog)
+        """Write the catalog durably, and go on with it.
+
+        Raise NoSpace, Refused, DiskchainError when nothing was changed, or the journal knows of it; Unfinished when
+        the change was made, and the disk failed after it.
+        """
+        try:
+            catalog_store.save(self.home, catalog)
+        except DiskchainError as error:
+            if journal.is_open(self.home) or not catalog_store.may_be(self.home, catalog):
+                raise
+            raise Unfinished(f"{error.message}; the change was made, and may be lost when the power goes",
+                             hint=f"put right the disk, then look at it: diskchain list {self.name}") from error  # fmt: skip
         self.catalog = catalog
 
     def reload(self) -> None:

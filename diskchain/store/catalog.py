@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot
-from diskchain.errors import NoSpace, RecordDamaged
+from diskchain.errors import DiskchainError, NoSpace, RecordDamaged
 from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.store import record
@@ -107,6 +108,14 @@ def save(home: Home, catalog: Catalog) -> None:
     with_reserve(home, lambda: record.write(home.catalog, "catalog", body))
     with_reserve(home, lambda: files.write_durably(home.recover_txt, recover_text(home, catalog).encode()))
     point("catalog.save.after")
+
+
+def may_be(home: Home, catalog: Catalog) -> bool:
+    """Whether the catalog on disk is this one, after a `save` of it that failed; also when that can't be told."""
+    try:
+        return bool(record.read(home.catalog, "catalog") == json.loads(json.dumps(_to_json(catalog, home.disks_dir))))
+    except DiskchainError:
+        return True
 
 
 def with_reserve(home: Home, write: Any) -> None:

@@ -50,12 +50,13 @@ def seal(fd: int) -> None:
 
     Raise MemoryNotSaved when the disk lost some of it: the kernel tells that once, and another fsync may say all is well.
     """
-    _sync(fd)
+    sync(fd)
     os.pwrite(fd, _SAVE, 0)
-    _sync(fd)
+    sync(fd)
 
 
-def _sync(fd: int) -> None:
+def sync(fd: int) -> None:
+    """fsync the file. Raise MemoryNotSaved, once: the kernel does not tell again what it lost."""
     try:
         os.fsync(fd)
     except OSError as error:

@@ -21,9 +21,22 @@ from scripts.torture_cases.histories import Histories
 from scripts.torture_cases.kills import Kills
 from scripts.torture_cases.memory import Memory
 from scripts.torture_cases.power import Power
+from scripts.torture_cases.power_live import PowerLive
 from scripts.torture_cases.starts import Starts
 
-ALL: tuple[type[Campaign], ...] = (Kills, Faults, Flushes, Power, Enospc, Starts, Histories, Memory, Fuzz, Controls)
+ALL: tuple[type[Campaign], ...] = (
+    Kills,
+    Faults,
+    Flushes,
+    Power,
+    PowerLive,
+    Enospc,
+    Starts,
+    Histories,
+    Memory,
+    Fuzz,
+    Controls,
+)
 CAMPAIGNS = {kind.name: kind for kind in ALL}
 CACHE = Path(__file__).resolve().parents[2] / ".cache/torture"
 SLICE = 50  # cases of one campaign before the next has its turn, in a run of --hours

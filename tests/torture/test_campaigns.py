@@ -17,6 +17,7 @@ from scripts.torture_cases.fuzz import FuzzWorker
 from scripts.torture_cases.kills import Kills, KillsWorker
 from scripts.torture_cases.parsers import NAMES
 from scripts.torture_cases.power import PowerWorker
+from scripts.torture_cases.power_live import PowerLiveWorker
 from scripts.torture_cases.starts import Starts
 from tests.support.rig import ROOT
 
@@ -69,6 +70,23 @@ def test_a_failed_sync_of_a_large_merge_loses_nothing(tmp_path: Path) -> None:
 def test_power_cuts_lose_nothing(tree: ShimTree) -> None:
     """Data and names that were not synced are lost, kept or torn."""
     require_nothing_lost(PowerWorker(SEED, tree), (str(n) for n in itertools.count()), 14)
+
+
+def test_power_cuts_while_memory_is_saved_leave_no_torn_memory(tmp_path: Path) -> None:
+    """A memory whose end of the save is in the journal loads, whatever was lost (it had been noted before it was synced)."""
+    rng = random.Random(SEED)
+    worker = PowerLiveWorker(SEED, tmp_path / "live")
+    try:
+        cases = [*(f"tail:{n}" for n in (16, 17, 18, 19, rng.randrange(16))), "1", "2"]
+        require_nothing_lost(worker, cases, len(cases))
+    finally:
+        worker.close()
+
+
+def test_an_edit_whose_sync_fails_does_not_say_that_nothing_changed(tree: ShimTree) -> None:
+    """The new catalog was there, and `undelete` ended with 1."""
+    cases = [case for case in points(tree, ("undelete",)) if case.endswith((":EIO", ":EIO-sticky"))]
+    require_nothing_lost(FaultsWorker(tree), cases, len(cases))
 
 
 def test_starts_in_the_middle_of_a_merge_lose_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""The power goes while a running VM is snapshotted with its memory: QEMU's own writes are logged and lost, too.
+
+The log is that of `create --memory` and of the QEMU in it (power.py has the rest). After `recover` every state reads as
+it was written, and a memory that is said to be saved loads; what `create` had said is done must be there. A case is a
+number, or tail:N: all but the last N changes were made, all names are there, and of unsynced data any sector or none.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from scripts.torture_cases import shim, sim
+from scripts.torture_cases.campaign import Campaign, Result, Worker
+from scripts.torture_cases.intruders import Write, by_monitor
+from scripts.torture_cases.power import instant
+from scripts.torture_cases.shim import Record, Shim
+from scripts.torture_cases.tree import SIZE, TreeRig
+from tests.support.rig import Answer, process_state, wait_for
+from tests.support.tree_cases import Case
+from tests.support.zygote import Zygote
+
+CREATE = ("create", "vm", "s", "--memory")
+
+
+class PowerLive(Campaign):
+    """Power loss in a snapshot of a running VM."""
+
+    name: ClassVar[str] = "power-live"
+    unit: ClassVar[str] = "power cuts"
+    counts: ClassVar[tuple[int, int, int]] = (10, 200, 1000)
+
+    def cases(self) -> Iterator[str]:
+        number = 0
+        while True:
+            yield str(number)
+            number += 1
+
+    def worker(self, place: Path) -> Worker:
+        return PowerLiveWorker(self.seed, place)
+
+
+class PowerLiveWorker(Worker):
+    """A bare VM (64 MiB, no more than its firmware runs) with one snapshot, which is started for each case."""
+
+    def __init__(self, seed: int, place: Path) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        self._seed, self._place = seed, place
+        self._shim = Shim(place / "shim", place / "vm")
+        self._rig = TreeRig(place / "vm", size=SIZE, raw=("vdb",), memory="64 MiB")
+        self._rig.prepare(place, Zygote(env=self._shim.env), self._shim.env)
+        self._rig.build(guest=False)
+        self._rig.write(1, 0, SIZE // 2)
+        self._rig.remember("first")
+        self._rig.ok("create", "vm", "first")
+        self._template = self._rig.save_template()
+
+    def run(self, case: str) -> Result:
+        rng = random.Random(f"power-live {self._seed} {case}")
+        rig = self._rig
+        self._power_off()
+        rig.restore_template(self._template)
+        rig.ok("start", "vm")
+        self._guest_writes(rng)
+        answer, note = self._cut(case, rng)
+        recovered = rig.run("recover", "vm")
+        wrong = [] if recovered.code == 0 else [f"recover ended with {recovered.code}: {recovered.err.strip()}"]
+        seen, memory = self._seen(answer.code)
+        lost = rig.lost(Case((), ("now",), 0)) if any("content" in w for w in seen) else 0
+        note = f"{note}; afterwards {memory}"
+        return Result(case, True, [*wrong, *seen], lost, bool(seen) and not wrong, bool(wrong), 1, note)
+
+    def _guest_writes(self, rng: random.Random) -> None:
+        """So that the active layer holds something when it is frozen; flushed."""
+        flat = bytearray((self._rig.flat / self._rig.expected["first"]["vda"]).read_bytes())
+        writes = [Write(rng.randrange(2, 255), rng.randrange(SIZE // 65536) * 65536, 65536, 0) for _ in range(3)]
+        assert by_monitor(self._rig, writes) == 3
+        for write in writes:
+            flat[write.offset : write.offset + write.length] = bytes([write.pattern]) * write.length
+        now = {**self._rig.expected["first"], "vda": self._rig.known(bytes(flat))}
+        self._rig.expected["now"] = self._rig.expected["s"] = now
+
+    def _cut(self, case: str, rng: random.Random) -> tuple[Answer, str]:
+        """`create`, logged; leave what a power cut leaves. The answer is its own if it had ended by then."""
+        rig, before = self._rig, self._rig.save_template("before")
+        disk = sim.Disk(rig.dir)
+        self._shim.arm(shim.LOG)
+        answer = rig.run(*CREATE)
+        self._power_off()
+        self._shim.disarm()
+        log = self._shim.logged()
+        at, data, names = beside_memory(log, rng), rng.choice(sim.DATA), rng.choice(sim.NAMES)
+        if last := case.partition("tail:")[2]:
+            at, data, names = len(log) - int(last), "512", "all"
+        disk.replay(log[:at])
+        found = disk.cut(rng, data, names, before)
+        rig.restore_template(before)
+        sim.put(found, rig.dir, before)
+        last = f"{log[at - 1].kind} {Path(log[at - 1].path).name}" if at else "-"
+        note = f"{answer.code}, cut after {at} of {len(log)} changes ({last}), unsynced data: {data}, names: {names}"
+        return (answer if at == len(log) else Answer(-1, "", "")), note
+
+    def _power_off(self) -> None:
+        """QEMU is gone, and what stood in the memory of the host (/run)."""
+        pid = self._rig.pid()
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
+        for path in self._rig.run_dir.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _seen(self, code: int) -> tuple[list[str], str]:
+        """What is wrong with contents, files and memory, given what `create` had said; and what became of the memory."""
+        rig = self._rig
+        try:
+            wrong = rig.verdict(present="now")
+            states = {s["name"]: s for s in rig.catalog()["snapshots"].values()}
+        except (AssertionError, OSError, ValueError, KeyError) as error:
+            return [f"can't be read: content, {type(error).__name__}: {error}"], "nothing can be read"
+        saved = "s" in states and (states["s"].get("memory") or {}).get("status") == "saved"
+        if code == 0 and not saved:
+            wrong.append("create had said that memory is saved, and it is not")
+        if saved:
+            answer = rig.run("revert", "vm", "s", "--discard", "-y")
+            if answer.code != 0 or not rig.pid():
+                wrong.append(f"the memory does not load: {answer.code}, {answer.err.strip()}")
+        return wrong, "the memory loads" if saved else "the disks are there" if "s" in states else "no snapshot"
+
+    def keep(self, to: Path) -> None:
+        shutil.copytree(self._rig.dir, to, dirs_exist_ok=True)
+
+    def close(self) -> None:
+        self._rig.destroy()
+        shutil.rmtree(self._place, ignore_errors=True)
+
+
+def beside_memory(log: Sequence[Record], rng: random.Random) -> int:
+    """Choose how many changes were made; not always amid the thousands that are the writing of the memory."""
+    busiest = Counter(record.inode for record in log).most_common(1)
+    others = [n for n, record in enumerate(log, 1) if record.inode != busiest[0][0]] if busiest else []
+    return rng.choice(others) if others and rng.random() < 0.6 else instant(log, rng)
