@@ -1,8 +1,8 @@
-"""The power goes while a running VM is snapshotted with its memory: QEMU's own writes are logged and lost, too.
+"""The power goes while a running VM is snapshotted with its memory, or reverted: QEMU's own writes are lost, too.
 
-The log is that of `create --memory` and of the QEMU in it (power.py has the rest). After `recover` every state reads as
-it was written, and a memory that is said to be saved loads; what `create` had said is done must be there. A case is a
-number, or tail:N: all but the last N changes were made, all names are there, and of unsynced data any sector or none.
+The log is that of the command and of the QEMU in it (power.py has the rest). After `recover` every state reads as it was
+written, and each memory that is said to be saved loads; what the command had said is done must be there. A case is a
+number, or tail:N: `create` with all but its last N changes, all names are there, and of unsynced data any sector or none.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from scripts.torture_cases.power import instant
 from scripts.torture_cases.shim import Record, Shim
 from scripts.torture_cases.tree import SIZE, TreeRig
 from tests.support.rig import Answer, process_state, wait_for
-from tests.support.tree_cases import Case
+from tests.support.tree_cases import Case, judge, not_done
 from tests.support.zygote import Zygote
 
-CREATE = ("create", "vm", "s", "--memory")
+CREATE = Case(("create", "vm", "s", "--memory"), ("now",), 0, done=("s",))
+REVERT = Case(("revert", "vm", "m", "-y"), ("now", "m"), 0, done=("before-revert-1",))
 
 
 class PowerLive(Campaign):
@@ -43,22 +44,25 @@ class PowerLive(Campaign):
             number += 1
 
     def worker(self, place: Path) -> Worker:
-        return PowerLiveWorker(self.seed, place)
+        return PowerLiveWorker(self.seed, place, ('firmware = "uefi"',))
 
 
 class PowerLiveWorker(Worker):
-    """A bare VM (64 MiB, no more than its firmware runs) with one snapshot, which is started for each case."""
+    """A bare VM (no more than its firmware runs) with a snapshot with memory, which is started for each case."""
 
-    def __init__(self, seed: int, place: Path) -> None:
+    def __init__(self, seed: int, place: Path, parts: Sequence[str] = ()) -> None:
         shutil.rmtree(place, ignore_errors=True)
         self._seed, self._place = seed, place
         self._shim = Shim(place / "shim", place / "vm")
-        self._rig = TreeRig(place / "vm", size=SIZE, raw=("vdb",), memory="64 MiB")
+        memory = "128 MiB" if parts else "64 MiB"
+        self._rig = TreeRig(place / "vm", size=SIZE, raw=("vdb",), memory=memory, parts=parts)
         self._rig.prepare(place, Zygote(env=self._shim.env), self._shim.env)
         self._rig.build(guest=False)
         self._rig.write(1, 0, SIZE // 2)
-        self._rig.remember("first")
-        self._rig.ok("create", "vm", "first")
+        self._rig.remember("m")
+        self._rig.ok("start", "vm")
+        self._rig.ok("create", "vm", "m", "--memory")
+        self._rig.ok("stop", "vm", "--force", "-y")
         self._template = self._rig.save_template()
 
     def run(self, case: str) -> Result:
@@ -68,30 +72,34 @@ class PowerLiveWorker(Worker):
         rig.restore_template(self._template)
         rig.ok("start", "vm")
         self._guest_writes(rng)
-        answer, note = self._cut(case, rng)
+        command = CREATE if case.startswith("tail:") or rng.random() < 0.6 else REVERT
+        answer, note = self._cut(case, command, rng)
         recovered = rig.run("recover", "vm")
         wrong = [] if recovered.code == 0 else [f"recover ended with {recovered.code}: {recovered.err.strip()}"]
-        seen, memory = self._seen(answer.code)
-        lost = rig.lost(Case((), ("now",), 0)) if any("content" in w for w in seen) else 0
-        note = f"{note}; afterwards {memory}"
-        return Result(case, True, [*wrong, *seen], lost, bool(seen) and not wrong, bool(wrong), 1, note)
+        seen = self._seen(command, answer.code)
+        lost = rig.lost(command) if any("content" in w for w in seen) else 0
+        loads = self._loads() if not seen else []
+        wrong = [*wrong, *seen, *loads]
+        return Result(
+            case, True, wrong, lost, bool(seen or loads) and recovered.code == 0, recovered.code != 0, 1, note
+        )
 
     def _guest_writes(self, rng: random.Random) -> None:
         """So that the active layer holds something when it is frozen; flushed."""
-        flat = bytearray((self._rig.flat / self._rig.expected["first"]["vda"]).read_bytes())
+        flat = bytearray((self._rig.flat / self._rig.expected["m"]["vda"]).read_bytes())
         writes = [Write(rng.randrange(2, 255), rng.randrange(SIZE // 65536) * 65536, 65536, 0) for _ in range(3)]
         assert by_monitor(self._rig, writes) == 3
         for write in writes:
             flat[write.offset : write.offset + write.length] = bytes([write.pattern]) * write.length
-        now = {**self._rig.expected["first"], "vda": self._rig.known(bytes(flat))}
-        self._rig.expected["now"] = self._rig.expected["s"] = now
+        now = {**self._rig.expected["m"], "vda": self._rig.known(bytes(flat))}
+        self._rig.expected.update({"now": now, "s": now, "before-revert-1": now})
 
-    def _cut(self, case: str, rng: random.Random) -> tuple[Answer, str]:
-        """`create`, logged; leave what a power cut leaves. The answer is its own if it had ended by then."""
+    def _cut(self, case: str, command: Case, rng: random.Random) -> tuple[Answer, str]:
+        """A command, logged; leave what a power cut leaves. The answer is its own if it had ended by then."""
         rig, before = self._rig, self._rig.save_template("before")
         disk = sim.Disk(rig.dir)
         self._shim.arm(shim.LOG)
-        answer = rig.run(*CREATE)
+        answer = rig.run(*command.args)
         self._power_off()
         self._shim.disarm()
         log = self._shim.logged()
@@ -103,7 +111,8 @@ class PowerLiveWorker(Worker):
         rig.restore_template(before)
         sim.put(found, rig.dir, before)
         last = f"{log[at - 1].kind} {Path(log[at - 1].path).name}" if at else "-"
-        note = f"{answer.code}, cut after {at} of {len(log)} changes ({last}), unsynced data: {data}, names: {names}"
+        note = f"{command.args[0]} -> {answer.code}, cut after {at} of {len(log)} changes ({last})"
+        note += f", unsynced data: {data}, names: {names}"
         return (answer if at == len(log) else Answer(-1, "", "")), note
 
     def _power_off(self) -> None:
@@ -115,22 +124,28 @@ class PowerLiveWorker(Worker):
         for path in self._rig.run_dir.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _seen(self, code: int) -> tuple[list[str], str]:
-        """What is wrong with contents, files and memory, given what `create` had said; and what became of the memory."""
-        rig = self._rig
+    def _seen(self, command: Case, code: int) -> list[str]:
+        """What is wrong with contents and files, and with what the command had said."""
         try:
-            wrong = rig.verdict(present="now")
-            states = {s["name"]: s for s in rig.catalog()["snapshots"].values()}
+            wrong = judge(self._rig, command) + (not_done(self._rig, command) if code == 0 else [])
+            saved = self._saved()
         except (AssertionError, OSError, ValueError, KeyError) as error:
-            return [f"can't be read: content, {type(error).__name__}: {error}"], "nothing can be read"
-        saved = "s" in states and (states["s"].get("memory") or {}).get("status") == "saved"
-        if code == 0 and not saved:
-            wrong.append("create had said that memory is saved, and it is not")
-        if saved:
-            answer = rig.run("revert", "vm", "s", "--discard", "-y")
-            if answer.code != 0 or not rig.pid():
-                wrong.append(f"the memory does not load: {answer.code}, {answer.err.strip()}")
-        return wrong, "the memory loads" if saved else "the disks are there" if "s" in states else "no snapshot"
+            return [f"can't be read: content, {type(error).__name__}: {error}"]
+        wanted = {"m", *(command.done if code == 0 and command is CREATE else ())}
+        return wrong + [f"the memory of {name} is gone" for name in wanted - saved]
+
+    def _saved(self) -> set[str]:
+        snapshots = self._rig.catalog()["snapshots"].values()
+        return {s["name"] for s in snapshots if s["memory"]["status"] == "saved"}
+
+    def _loads(self) -> list[str]:
+        """Each memory that is said to be saved is loaded; the machine is not needed any more."""
+        wrong = []
+        for name in sorted(self._saved()):
+            answer = self._rig.run("revert", "vm", name, "--discard", "-y")
+            if answer.code != 0 or not self._rig.pid():
+                wrong.append(f"the memory of {name} does not load: {answer.code}, {answer.err.strip()}")
+        return wrong
 
     def keep(self, to: Path) -> None:
         shutil.copytree(self._rig.dir, to, dirs_exist_ok=True)

@@ -77,7 +77,7 @@ def test_power_cuts_while_memory_is_saved_leave_no_torn_memory(tmp_path: Path) -
     rng = random.Random(SEED)
     worker = PowerLiveWorker(SEED, tmp_path / "live")
     try:
-        cases = [*(f"tail:{n}" for n in (16, 17, 18, 19, rng.randrange(16))), "1", "2"]
+        cases = [*(f"tail:{n}" for n in (16, 17, 18, 19, rng.randrange(16))), "1", "2", "4"]
         require_nothing_lost(worker, cases, len(cases))
     finally:
         worker.close()
@@ -85,7 +85,7 @@ def test_power_cuts_while_memory_is_saved_leave_no_torn_memory(tmp_path: Path) -
 
 def test_an_edit_whose_sync_fails_does_not_say_that_nothing_changed(tree: ShimTree) -> None:
     """The new catalog was there, and `undelete` ended with 1."""
-    cases = [case for case in points(tree, ("undelete",)) if case.endswith((":EIO", ":EIO-sticky"))]
+    cases = [case for case in points(tree, ("undelete", "delete-later")) if case.endswith(":EIO-sticky")]
     require_nothing_lost(FaultsWorker(tree), cases, len(cases))
 
 
