@@ -65,7 +65,7 @@ class Machines:
 
     def put(self, registered: Registered) -> None:
         """Write a machine's definition durably."""
-        self.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.make_dirs_durably(self.dir)
         body = registered.machine.to_dict()
         data: dict[str, Any] = {"diskchain": "machine", "machine": body, "home": str(registered.home),
                                 "source": registered.source, "sha256": _digest(body)}  # fmt: skip

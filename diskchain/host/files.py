@@ -253,6 +253,18 @@ def _fsync(path: Path, flags: int) -> None:
             os.close(fd)
 
 
+def make_dirs_durably(path: Path, mode: int = 0o700) -> None:
+    """Make a directory, and those above it that are not there. On return their names are on disk: what is synced in a
+    directory whose own name is not is gone with it when the power goes. Raise Refused, NoSpace, DiskchainError.
+    """
+    if path.is_dir():
+        return
+    make_dirs_durably(path.parent, mode)
+    with os_errors(path, "create"):
+        path.mkdir(mode=mode, exist_ok=True)
+    fsync_dir(path.parent)
+
+
 def rename_durably(src: Path, dst: Path) -> None:
     """Rename within one filesystem, replacing `dst`; on return it is on disk. The content: `fsync_file` before."""
     with os_errors(src, "rename"):

@@ -189,10 +189,8 @@ async def _clear(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None:
     await layers.empty_trash(old)
     left = Path(entry.data["from"])
     if left != vm.home.path and left.is_dir():
-        shutil.rmtree(left)
+        _remove(left)
         point("move.records-removed")
-        if not any(left.parent.iterdir()):
-            left.parent.rmdir()
     entry.close()
     vm.home.fill_reserve()
 
@@ -235,6 +233,16 @@ async def _copy_records(old: Home, new: Home) -> None:
         files.fsync_dir(Path(root))
 
 
+def _remove(records: Path) -> None:
+    """Remove records that do not count any more, durably; the catalog first, so that they are none from then on."""
+    files.unlink_durably(records / "catalog.json")
+    shutil.rmtree(records)
+    files.fsync_dir(records.parent)
+    if not any(records.parent.iterdir()):
+        records.parent.rmdir()
+        files.fsync_dir(records.parent.parent)
+
+
 # -- recovery ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,11 +250,8 @@ def undo(vm: VM, entry: Entry) -> None:
     """The definition still leads to the old place: remove the new one. Can be repeated."""
     new = Path(entry.data["to"])
     if new != Path(entry.data["from"]) and new.is_dir():
-        (new / "catalog.json").unlink(missing_ok=True)  # first of all: it are no records any more
-        shutil.rmtree(new)
+        _remove(new)
         point("move.records-unmade")
-        if not any(new.parent.iterdir()):
-            new.parent.rmdir()
     for item in elsewhere.items_of(entry):
         files.unlink_durably(item.path)
         point("elsewhere.unmade-one")

@@ -114,7 +114,7 @@ def bring(found: Home, home: Home) -> None:
         raise Refused(f"there are records already: {home.path}", hint="keep the right ones, move the others away")
     if found.path.stat().st_dev != home.disks_dir.stat().st_dev:
         raise Refused(f"{found.path} is on another volume than {home.disks_dir}", hint=f"mv {found.path} {home.path}")
-    home.path.parent.mkdir(mode=0o700, exist_ok=True)
+    files.make_dirs_durably(home.path.parent)
     files.rename_durably(found.path, home.path)
 
 

@@ -51,10 +51,9 @@ class Home:
 
     def make(self) -> None:
         """Create the directories (mode 0700: guest memory is secrets) and the reserve of 1 MiB."""
-        for directory in (self.path.parent, self.path, self.journal, self.path / "snapshots"):
-            directory.mkdir(mode=0o700, exist_ok=True)
+        for directory in (self.path, self.journal, self.path / "snapshots"):
+            files.make_dirs_durably(directory)
         self.fill_reserve()
-        files.fsync_dir(self.path.parent)
         files.fsync_dir(self.path)
 
     def remove_unused(self) -> None:

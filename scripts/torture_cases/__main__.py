@@ -22,6 +22,7 @@ from scripts.torture_cases.kills import Kills
 from scripts.torture_cases.memory import Memory
 from scripts.torture_cases.power import Power
 from scripts.torture_cases.power_live import PowerLive
+from scripts.torture_cases.power_places import PowerPlaces
 from scripts.torture_cases.starts import Starts
 
 ALL: tuple[type[Campaign], ...] = (
@@ -30,6 +31,7 @@ ALL: tuple[type[Campaign], ...] = (
     Flushes,
     Power,
     PowerLive,
+    PowerPlaces,
     Enospc,
     Starts,
     Histories,

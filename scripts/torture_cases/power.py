@@ -10,18 +10,19 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from scripts.torture_cases import shim, sim
+from scripts.torture_cases import sim
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.faults import ShimTree
-from scripts.torture_cases.shim import Record
+from scripts.torture_cases.shim import DATASYNC, LOG, SYNC, Record, Shim
 from scripts.torture_cases.tree import EVERY, TreeWorker
-from tests.support.rig import Answer
+from tests.support.rig import Answer, Rig
 
 NOT_SAID = Answer(-1, "", "")
+Cut = tuple[int, str, str]
 
 
 class Power(Campaign):
@@ -63,29 +64,41 @@ class PowerWorker(TreeWorker[ShimTree]):
         return Result(case, True, wrong, lost, silent, stuck, cuts, "; ".join(notes))
 
     def _cut(self, args: Sequence[str], before: Path, rng: random.Random) -> tuple[Answer, str]:
-        """Run a command, which is logged, from the state that `before` is a copy of; leave what the power cut leaves.
+        return cut(self._tree.rig, self._tree.shim, args, before, rng)
 
-        The answer is the command's own if it had ended by then.
-        """
-        rig, tree = self._tree.rig, self._tree
-        disk = sim.Disk(rig.dir)
-        tree.shim.arm(shim.LOG)
-        answer = rig.run(*args)
-        tree.shim.disarm()
-        log = tree.shim.logged()
-        at, data, names = instant(log, rng), rng.choice(sim.DATA), rng.choice(sim.NAMES)
-        disk.replay(log[:at])
-        found = disk.cut(rng, data, names, before)
-        rig.restore_template(before)
-        sim.put(found, rig.dir, before)
-        last = f"{log[at - 1].kind} {Path(log[at - 1].path).name}" if at else "-"
-        note = f"cut after {at} of {len(log)} changes ({last}), unsynced data: {data}, names: {names}"
-        return answer if at == len(log) else NOT_SAID, note
+
+def cut(rig: Rig, shim: Shim, args: Sequence[str], before: Path, rng: random.Random, *,
+        choose: Callable[[Sequence[Record], random.Random], Cut] | None = None,
+        end: Callable[[], None] | None = None) -> tuple[Answer, str]:  # fmt: skip
+    """Run a command, which is logged, from the state that `before` is a copy of; leave what the power cut leaves.
+
+    `end`: what else the power ends. The answer is the command's own if it had ended by then.
+    """
+    disk = sim.Disk(rig.dir)
+    shim.arm(LOG)
+    answer = rig.run(*args)
+    if end:
+        end()
+    shim.disarm()
+    log = shim.logged()
+    at, data, names = (choose or any_cut)(log, rng)
+    disk.replay(log[:at])
+    found = disk.cut(rng, data, names, before)
+    rig.restore_template(before)
+    sim.put(found, rig.dir, before)
+    last = f"{log[at - 1].kind} {Path(log[at - 1].path).name}" if at else "-"
+    note = f"{answer.code}, cut after {at} of {len(log)} changes ({last}), unsynced data: {data}, names: {names}"
+    return answer if at == len(log) else NOT_SAID, note
+
+
+def any_cut(log: Sequence[Record], rng: random.Random) -> Cut:
+    """Choose how many changes were made, and what became of data and names that were not synced."""
+    return instant(log, rng), rng.choice(sim.DATA), rng.choice(sim.NAMES)
 
 
 def instant(log: Sequence[Record], rng: random.Random) -> int:
     """Choose how many changes were made: any number, or all until just before a sync, or all there are."""
-    before_sync = [n for n, record in enumerate(log) if record.kind in (shim.SYNC, shim.DATASYNC)]
+    before_sync = [n for n, record in enumerate(log) if record.kind in (SYNC, DATASYNC)]
     what = rng.random()
     if what < 0.1 or not log:
         return len(log)

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from scripts.torture_cases import shim, sim
+from scripts.torture_cases import sim
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.intruders import Write, by_monitor
-from scripts.torture_cases.power import instant
+from scripts.torture_cases.power import Cut, cut, instant
 from scripts.torture_cases.shim import Record, Shim
 from scripts.torture_cases.tree import SIZE, TreeRig
 from tests.support.rig import Answer, process_state, wait_for
@@ -95,25 +95,14 @@ class PowerLiveWorker(Worker):
         self._rig.expected.update({"now": now, "s": now, "before-revert-1": now})
 
     def _cut(self, case: str, command: Case, rng: random.Random) -> tuple[Answer, str]:
-        """A command, logged; leave what a power cut leaves. The answer is its own if it had ended by then."""
-        rig, before = self._rig, self._rig.save_template("before")
-        disk = sim.Disk(rig.dir)
-        self._shim.arm(shim.LOG)
-        answer = rig.run(*command.args)
-        self._power_off()
-        self._shim.disarm()
-        log = self._shim.logged()
-        at, data, names = beside_memory(log, rng), rng.choice(sim.DATA), rng.choice(sim.NAMES)
-        if last := case.partition("tail:")[2]:
-            at, data, names = len(log) - int(last), "512", "all"
-        disk.replay(log[:at])
-        found = disk.cut(rng, data, names, before)
-        rig.restore_template(before)
-        sim.put(found, rig.dir, before)
-        last = f"{log[at - 1].kind} {Path(log[at - 1].path).name}" if at else "-"
-        note = f"{command.args[0]} -> {answer.code}, cut after {at} of {len(log)} changes ({last})"
-        note += f", unsynced data: {data}, names: {names}"
-        return (answer if at == len(log) else Answer(-1, "", "")), note
+        def choose(log: Sequence[Record], rng: random.Random) -> Cut:
+            if last := case.partition("tail:")[2]:
+                return len(log) - int(last), "512", "all"
+            return beside_memory(log, rng), rng.choice(sim.DATA), rng.choice(sim.NAMES)
+
+        before = self._rig.save_template("before")
+        answer, note = cut(self._rig, self._shim, command.args, before, rng, choose=choose, end=self._power_off)
+        return answer, f"{command.args[0]} -> {note}"
 
     def _power_off(self) -> None:
         """QEMU is gone, and what stood in the memory of the host (/run)."""

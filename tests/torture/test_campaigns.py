@@ -18,6 +18,7 @@ from scripts.torture_cases.kills import Kills, KillsWorker
 from scripts.torture_cases.parsers import NAMES
 from scripts.torture_cases.power import PowerWorker
 from scripts.torture_cases.power_live import PowerLiveWorker
+from scripts.torture_cases.power_places import PowerPlacesWorker
 from scripts.torture_cases.starts import Starts
 from tests.support.rig import ROOT
 
@@ -79,6 +80,15 @@ def test_power_cuts_while_memory_is_saved_leave_no_torn_memory(tmp_path: Path) -
     try:
         cases = [*(f"tail:{n}" for n in (16, 17, 18, 19, rng.randrange(16))), "1", "2", "4"]
         require_nothing_lost(worker, cases, len(cases))
+    finally:
+        worker.close()
+
+
+def test_power_cuts_of_moves_keep_the_records(tmp_path: Path) -> None:
+    """The new directory of the records had a name that was never synced, and the old one was removed."""
+    worker = PowerPlacesWorker(SEED, tmp_path / "places")
+    try:
+        require_nothing_lost(worker, ("move:46", "move:13", "1", "2", "3", "4", "5", "6"), 8)
     finally:
         worker.close()
 
