@@ -15,8 +15,8 @@ from diskchain.config import Config
 from diskchain.drivers.domains import Domains
 from diskchain.drivers.machines import Machines, Registered
 from diskchain.drivers.protocol import Definition, Driver
-from diskchain.errors import ChainDamaged, DiskchainError, NotFound, Unfinished
-from diskchain.host import files
+from diskchain.errors import Busy, ChainDamaged, DiskchainError, HostileImage, NotFound, Unfinished
+from diskchain.host import files, locks
 from diskchain.host.locks import vm_lock
 from diskchain.ops.adopt import catalog_of, refreshed
 from diskchain.ops.definitions import definition_at as definition_at
@@ -157,10 +157,20 @@ class Host:
 
     @contextlib.asynccontextmanager
     async def look(self, name: str) -> AsyncIterator[VM]:
-        """Open a VM for reading: no lock, nothing is repaired. Raise NotFound, RecordDamaged."""
+        """Open a VM for reading: no lock, nothing is repaired. Raise NotFound, RecordDamaged.
+
+        What is missing or does not fit because another command is changing it is no damage: Busy.
+        """
         vm = self._open(name, socket="info")
+        seen = vm.catalog
         try:
             yield vm
+        except (NotFound, ChainDamaged, HostileImage, FileNotFoundError) as error:
+            if vm.known and _is_changing(vm.home, seen):
+                raise Busy(
+                    f"another command changed {vm.name} while this one looked at it", hint="try again"
+                ) from error
+            raise
         finally:
             await vm.driver.close()
 
@@ -255,6 +265,13 @@ class Host:
             raise ChainDamaged(f"{home.catalog} is the catalog of another VM ({vm.catalog.name}, {vm.catalog.uuid})",
                                hint="bring the right one back; RECOVER.txt beside it lists the chain")  # fmt: skip
         return vm
+
+
+def _is_changing(home: Home, seen: Catalog) -> bool:
+    """Whether the records are not as they were seen, or somebody who lives is in the middle of an operation."""
+    if journal.is_open(home) and locks.holder_operation(home.lock):
+        return True
+    return not catalog_store.may_be(home, seen)
 
 
 def _refuse_gone(name: str, home: Home) -> None:

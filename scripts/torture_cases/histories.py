@@ -7,6 +7,7 @@ A command that was killed, or is unfinished, may have happened at any later time
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import signal
@@ -161,8 +162,9 @@ class HistoriesWorker(TreeWorker[Tree]):
 
         def started(pid: int) -> None:
             if shot:
-                killers.append(Killer(pid, shot, 0.5))
-                killers[0].start()
+                with contextlib.suppress(ProcessLookupError):  # it was quicker
+                    killers.append(Killer(pid, shot, 0.5))
+                    killers[0].start()
 
         answer = Answer(*rig.zygote.run(args, rig.env, 150, started))
         for killer in killers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from diskchain.config import load_config
+from diskchain.errors import Busy, ChainDamaged, NotFound
+from diskchain.ops.approve import approve_chain
+from diskchain.ops.vm import Host
 from tests.support.refusals import check_error, refused, unchanged
 from tests.support.rig import Answer, Rig, process_state, wait_for
 
@@ -144,3 +149,24 @@ def test_creates_at_the_same_moment_all_succeed_and_one_name_only_once(tree: Rig
     for name in names:
         tree.expected[name] = tree.expected["now"]
     assert tree.verdict(present="now") == []
+
+
+@pytest.mark.parametrize("meanwhile", [True, False])
+def test_what_is_missing_because_another_command_removed_it_is_no_damage(
+    tree: Rig, meanwhile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan is made without the lock: a revert --discard unlinks the layers that it looks at. Busy, not 4 or 8."""
+    for name in ("DISKCHAIN_STATE_DIR", "DISKCHAIN_RUN_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, tree.env[name])
+
+    async def look() -> None:
+        async with Host(load_config(None)).look("vm") as vm:
+            layer = vm.catalog.images[vm.catalog.active["vda"]]
+            if meanwhile:
+                tree.ok("revert", "vm", "s2", "--discard", "-y")
+            else:
+                layer.path.unlink()
+            approve_chain(layer.path, layer.fmt, roots=[tree.dir])
+
+    with pytest.raises(Busy if meanwhile else (NotFound, ChainDamaged)):
+        asyncio.run(look())
