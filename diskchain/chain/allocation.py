@@ -73,6 +73,13 @@ def entry_size(header: Header) -> int:
     return 16 if header.extended_l2 else 8
 
 
+def without_copied(table: bytes, header: Header) -> bytes:
+    """Given one L2 table, return it without the marks that a cluster has one reference only (COPIED): where the data lie."""
+    width = 8 * entry_size(header)
+    count = 8 * len(table) // width
+    return (int.from_bytes(table, "big") & ~_every(1 << (width - 1), width, count)).to_bytes(len(table), "big")
+
+
 def row(table: bytes, header: Header) -> Row:
     """Given one L2 table as it is in the file, return what it says.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from diskchain.chain import qcow2
+from diskchain.chain import allocation, qcow2
 from diskchain.chain.qcow2 import ApprovedImage, Header
 from diskchain.errors import ChainDamaged, DiskchainError, HostileImage, NotFound, UnsupportedDisk
 from diskchain.host import files
@@ -58,6 +58,7 @@ def fingerprint(path: Path, fmt: str) -> dict[str, object]:
     """Return what tells a frozen image from a changed one: size and virtual_size in bytes, and
     qcow2: sha256 (hex) over header cluster, L1 table and all L2 tables, which changes when a write allocates or moves
     a cluster; raw: mtime_ns. Data written in place into an allocated cluster does not show.
+    qcow2 with bitmaps or internal snapshots of its own: map, too, which stays when these are removed from it.
 
     Raise as `approve_chain` does for a single image.
     """
@@ -70,7 +71,25 @@ def fingerprint(path: Path, fmt: str) -> dict[str, object]:
             return {"size": size, "virtual_size": _raw_size(size), "mtime_ns": opened.status.st_mtime_ns}
         header = checked_header(opened, reject=False)
         digest = _metadata_digest(opened.fd, header, size, opened.path)
-        return {"size": size, "virtual_size": header.virtual_size, "sha256": digest}
+        found: dict[str, object] = {"size": size, "virtual_size": header.virtual_size, "sha256": digest}
+        if header.has_bitmaps or header.snapshots:
+            found["map"] = _map_digest(opened.fd, header, size, opened.path)
+        return found
+    finally:
+        os.close(opened.fd)
+
+
+def differing(recorded: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Return what tells that a frozen image was changed, given its fingerprints of then and of now."""
+    return sorted(key for key in recorded if key != "map" and now.get(key) != recorded[key])
+
+
+def map_of(path: Path) -> str:
+    """Return the `map` of a qcow2 image: sha256 (hex) of where the data of each guest cluster lies. Raise as `fingerprint`."""
+    with files.UntrustedFiles() as opener:
+        opened = opener.open(path)
+    try:
+        return _map_digest(opened.fd, checked_header(opened), opened.status.st_size, opened.path)
     finally:
         os.close(opened.fd)
 
@@ -205,6 +224,17 @@ def _metadata_digest(fd: int, header: Header, size: int, path: str) -> str:
     digest.update(l1)
     for offset in offsets:
         digest.update(files.read_span(fd, offset, header.cluster_size))
+    return digest.hexdigest()
+
+
+def _map_digest(fd: int, header: Header, size: int, path: str) -> str:
+    """Hash the L2 tables, without the marks that change when an internal snapshot goes."""
+    entries = qcow2.l1_entries(files.read_span(fd, header.l1_offset, header.l1_bytes))
+    check_l2([offset for _, offset, _ in entries], header.cluster_size, size, path)
+    digest = hashlib.sha256(header.virtual_size.to_bytes(8, "big"))
+    for number, offset, _ in entries:
+        table = files.read_span(fd, offset, header.cluster_size)
+        digest.update(number.to_bytes(8, "big") + allocation.without_copied(table, header))
     return digest.hexdigest()
 
 

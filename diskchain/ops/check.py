@@ -28,8 +28,8 @@ from diskchain.errors import (
     UnsupportedDisk,
 )
 from diskchain.host import files, locks, qemu_img
-from diskchain.ops import check_domain, check_states, drift, leftovers
-from diskchain.ops.approve import checked_header, fingerprint
+from diskchain.ops import check_domain, check_states, drift, layers, leftovers
+from diskchain.ops.approve import checked_header, differing, fingerprint
 from diskchain.ops.looked import Look, look
 from diskchain.ops.vm import Host, definition_at
 from diskchain.store import catalog as catalog_store
@@ -127,12 +127,13 @@ def _layer(seen: Look, catalog: Catalog, image: Image) -> Iterator[Finding]:
     except DiskchainError as problem:
         yield _unusable(where, image, problem)
         return
+    then = "; then: diskchain check --repair" if image.fingerprint else ""
     if header is not None and header.snapshots:
-        yield info("internal-snapshots", where, f"it holds {header.snapshots} of its own; they stay, and keep it from being "
-                   "merged", f"qemu-img snapshot -l '{image.path}'; let them go with -d, the VM off")  # fmt: skip
+        yield info("internal-snapshots", where, f"internal snapshots in it: {header.snapshots}; they stay, and keep it from "
+                   "being merged", f"qemu-img snapshot -l '{image.path}'; let them go with -d, the VM off{then}")  # fmt: skip
     if header is not None and header.has_bitmaps:
         yield info("dirty-bitmaps", where, "it holds dirty bitmaps of a backup; they keep it from being merged",
-                   f"qemu-img bitmap --remove '{image.path}' NAME, when no backup needs it")  # fmt: skip
+                   f"qemu-img bitmap --remove '{image.path}' NAME, when no backup needs it{then}")  # fmt: skip
     moving = bool({image.id, image.path.name} & seen.in_flight)
     if status.st_nlink > 1:
         yield warning("hard-links", where, f"it has {status.st_nlink} names; who uses the others is not known",
@@ -196,10 +197,10 @@ def _frozen(image: Image, where: str) -> Iterator[Finding]:
     except DiskchainError as problem:
         yield _unusable(where, image, problem)
         return
-    differing = sorted(key for key in image.fingerprint if now.get(key) != image.fingerprint[key])
-    if differing:
-        yield error("layer-changed", where, f"it was changed since it was frozen ({', '.join(differing)} differ)",
-                    "something wrote to it or put another file in its place; bring the right file back")  # fmt: skip
+    changed = differing(image.fingerprint, now)
+    if changed:
+        yield error("layer-changed", where, f"it was changed since it was frozen ({', '.join(changed)} differ)",
+                    layers.changed_hint(image))  # fmt: skip
 
 
 def _active(seen: Look, catalog: Catalog) -> Iterator[Finding]:

@@ -169,7 +169,8 @@ def _refuse_what_a_merge_loses(images: Sequence[Image]) -> None:
         if found and (found.has_bitmaps or found.snapshots):
             what = "persistent dirty bitmaps" if found.has_bitmaps else "internal snapshots"
             raise UnsupportedDisk(f"{image.path} holds {what}; a merge would lose them",
-                                  hint="qemu-img bitmap --remove / qemu-img snapshot -d, if nobody needs them")  # fmt: skip
+                                  hint="qemu-img bitmap --remove / qemu-img snapshot -d, if nobody needs them; "
+                                       "then: diskchain check --repair")  # fmt: skip
 
 
 def _refuse_other_sizes(pull: Pull) -> None:

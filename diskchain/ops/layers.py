@@ -15,7 +15,7 @@ from diskchain.chain.model import Catalog, Image
 from diskchain.errors import Busy, ChainDamaged, DiskchainError, NotFound, Refused
 from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
-from diskchain.ops.approve import approve_chain, fingerprint, virtual_size
+from diskchain.ops.approve import approve_chain, differing, fingerprint, virtual_size
 from diskchain.ops.vm import new_id
 from diskchain.store import seal
 
@@ -59,13 +59,21 @@ def verify_frozen(image: Image) -> None:
         now = fingerprint(image.path, image.fmt)
     except NotFound as error:
         raise ChainDamaged(f"{image.target}: {error.message}", hint=_missing_hint(image)) from error
-    differing = sorted(key for key in image.fingerprint if now.get(key) != image.fingerprint[key])
-    if differing:
+    changed = differing(image.fingerprint, now)
+    if changed:
         raise ChainDamaged(
-            f"{image.target}: {image.path} was changed since it was frozen ({', '.join(differing)} differ)",
-            hint="something wrote to it or put another file in its place; bring the right file back",
+            f"{image.target}: {image.path} was changed since it was frozen ({', '.join(changed)} differ)",
+            hint=changed_hint(image),
         )
     _verify_seal(image)
+
+
+def changed_hint(image: Image) -> str:
+    """Return what to do about a frozen image that is not as it was."""
+    hint = "something wrote to it or put another file in its place; bring the right file back"
+    if "map" in (image.fingerprint or {}):
+        hint += "; if it was only its bitmaps or internal snapshots that were removed: diskchain check --repair"
+    return hint
 
 
 def _verify_seal(image: Image) -> None:

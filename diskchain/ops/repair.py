@@ -3,6 +3,7 @@
 relink      a layer is gone from its place, and exactly one file that is nobody else's has its fingerprint
 header      a layer's header is torn or names something else, and with the header that the catalog knows its fingerprint
             is the one that was recorded: proven before anything is written
+shed        bitmaps or internal snapshots were removed from a layer, and nothing else of it was changed
 touched     a base's time was changed, and a person sealed it again since
 leaks       `qemu-img check` counts clusters that are reserved and unused; no data is affected
 definition  the definition names another file than the catalog, and nothing was written there
@@ -45,6 +46,7 @@ class Repair:
 _DO: dict[str, Callable[[VM, str, Path], Awaitable[None]]] = {
     "relink": repair_images.relink,
     "header": repair_images.write_header,
+    "shed": repair_images.take_shed,
     "touched": repair_images.take_seal,
     "leaks": repair_images.repair_leaks,
     "definition": repair_files.realign,
@@ -83,6 +85,9 @@ async def _of_image(vm: VM, image: Image) -> list[Repair]:
                 "its header is not what was recorded; with the one that the catalog knows its fingerprint fits again"
             )
             return [Repair("header", where, evidence, "write that header", image.id, image.path)]
+        if await repair_images.has_shed(image):
+            evidence = "bitmaps or internal snapshots were removed; each guest cluster lies where it lay"
+            return [Repair("shed", where, evidence, "record it as it is", image.id, image.path)]
         if seal := await asyncio.to_thread(repair_images.sealed_again, image):
             evidence = (
                 f"only its time differs from what was recorded, and {seal.by} sealed it as it is on {seal.created}"

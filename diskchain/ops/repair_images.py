@@ -14,7 +14,7 @@ from diskchain.errors import ChainDamaged, DiskchainError
 from diskchain.host import files, locks, qemu_img, qemu_img_repair
 from diskchain.host.fault import point
 from diskchain.ops import base, images_known, layers, redefine, sharers
-from diskchain.ops.approve import check_l2, fingerprint
+from diskchain.ops.approve import check_l2, differing, fingerprint, map_of
 from diskchain.ops.vm import VM
 from diskchain.store import seal as seal_store
 from diskchain.store.seal import Seal
@@ -28,7 +28,7 @@ def _differing(image: Image) -> list[str] | None:
         now = fingerprint(image.path, image.fmt)
     except DiskchainError:
         return ["header"]
-    return sorted(key for key in image.fingerprint if now.get(key) != image.fingerprint[key])
+    return differing(image.fingerprint, now)
 
 
 # -- moved -------------------------------------------------------------------------------------------------------------
@@ -148,6 +148,27 @@ def _overwrite(path: Path, header: bytes) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+# -- bitmaps, internal snapshots ---------------------------------------------------------------------------------------
+
+
+async def has_shed(image: Image) -> bool:
+    """Whether all that changed in a frozen layer is that bitmaps or internal snapshots were removed: each guest cluster
+    lies where it lay, and the metadata is clean.
+    """
+    recorded = image.fingerprint or {}
+    if "map" not in recorded or not set(_differing(image) or ["nothing"]) <= {"sha256", "size"}:
+        return False
+    if locks.image_in_use(image.path) or map_of(image.path) != recorded["map"]:
+        return False
+    return not (await qemu_img.check(qemu_img.unlocked(image.path, image.fmt))).corruptions
+
+
+async def take_shed(vm: VM, image_id: str, path: Path) -> None:
+    """Record a layer as it is, if that is so."""
+    if await has_shed(vm.catalog.images[image_id]):
+        vm.save(layers.freeze(vm.catalog, [image_id]))
 
 
 # -- times, leaks ------------------------------------------------------------------------------------------------------

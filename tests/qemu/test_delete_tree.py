@@ -123,3 +123,52 @@ def test_start_wins_over_a_copy_that_was_cut_off(tree: Rig) -> None:
             tree.ok("stop", "vm", "--force", "-y")
         assert tree.verdict(present="now") == [] and "s1" not in tree.snapshots()
         tree.restore_template(template)
+
+
+BURDENS = {
+    "bitmap": (["bitmap", "--add"], ["bitmap", "--remove"], "persistent dirty bitmaps"),
+    "snapshot": (["snapshot", "-c"], ["snapshot", "-d"], "internal snapshots"),
+}
+
+
+def burden(tree: Rig, kind: str, layer: Path, *, away: bool = False) -> None:
+    """Put a bitmap or an internal snapshot into a layer, or take it away."""
+    words, last = BURDENS[kind][away], ["x", str(layer)] if kind == "snapshot" else [str(layer), "x"]
+    tree.qemu_img(*words, *last)
+
+
+@pytest.mark.parametrize("kind", BURDENS)
+def test_layer_with_bitmaps_or_internal_snapshots_is_not_merged_and_is_when_they_are_gone(tree: Rig, kind: str) -> None:
+    """Neither into it nor away; the remedy that is told leads to the merge."""
+    layer = tree.active()["vda"]
+    burden(tree, kind, layer)
+    tree.write(8, MiB, MiB)  # with an internal snapshot every cluster moves, and their tables do
+    tree.remember("now")
+    tree.remember("s4")
+    tree.ok("create", "vm", "s4")
+    tree.write(9, 2 * MiB, MiB)
+    tree.remember("now")
+    with unchanged(tree):
+        for name in ("s3", "s4"):
+            refused(tree, "delete", "vm", name, "-y", code=6, says=BURDENS[kind][2])
+    burden(tree, kind, layer, away=True)
+    refused(tree, "delete", "vm", "s4", "-y", code=8, says="changed since it was frozen")
+    tree.ok("check", "vm", "--repair", "-y")
+    assert tree.verdict(present="now") == []
+    tree.ok("delete", "vm", "s3", "s4", "-y")
+    assert tree.verdict(present="now") == []
+
+
+@pytest.mark.parametrize("kind", BURDENS)
+def test_frozen_layer_that_was_written_to_as_well_is_not_taken_for_one_without_its_bitmaps(
+    tree: Rig, kind: str
+) -> None:
+    """A cluster more is a change of what the snapshot shows."""
+    layer = tree.active()["vda"]
+    burden(tree, kind, layer)
+    tree.ok("create", "vm", "s4")
+    burden(tree, kind, layer, away=True)
+    done = subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 6 6M 64k", str(layer)], capture_output=True)
+    assert done.returncode == 0
+    assert tree.run("check", "vm", "--repair", "-y").code == 11
+    refused(tree, "delete", "vm", "s4", "-y", code=8, says="changed since it was frozen")
