@@ -114,13 +114,13 @@ async def _create(app: App, host: Host, name: str, request: Request) -> None:
                 app.interrupted = (f"the memory goes on being saved in the background; "
                                    f"diskchain list {vm.name} shows when it is done")  # fmt: skip
             raise
-        _tell(app, vm, snapshot)
+        _tell(app, vm, snapshot, request)
 
 
-def _tell(app: App, vm: VM, snapshot: Snapshot) -> None:
+def _tell(app: App, vm: VM, snapshot: Snapshot, request: Request) -> None:
     view = look.view(vm.catalog, vm.home, snapshot, time.time())
     body: dict[str, Any] = {"vm": vm.name, "snapshot": look.snapshot_json(view), "pause_ms": snapshot.pause_ms}
-    failed = _less_than_asked(vm, snapshot)
+    failed = _less_than_asked(vm, snapshot, request)
     if failed:
         body["error"] = error_json(failed.exit_code, failed.kind, failed.message, failed.hint)
     context.answer(app, body, [_line(vm, snapshot)])
@@ -128,8 +128,10 @@ def _tell(app: App, vm: VM, snapshot: Snapshot) -> None:
         raise failed
 
 
-def _less_than_asked(vm: VM, snapshot: Snapshot) -> Degraded | None:
+def _less_than_asked(vm: VM, snapshot: Snapshot, request: Request) -> Degraded | None:
     less = []
+    if plugged := [target for target in snapshot.partial if target not in request.skip]:
+        less.append(f"without {', '.join(plugged)}, attached meanwhile")
     if snapshot.memory.status == "failed":
         less.append(f"without memory: {snapshot.memory.reason}")
     if snapshot.unquiesced:

@@ -156,3 +156,24 @@ def test_virsh_at_work_in_our_revert_of_a_domain_that_is_off(domain: Make, what:
     wait_for(lambda: rig.virsh("domstate", rig.name) == "shut off", "it is off")
     verdicts = [rig.verdict(present=present) for present in ("now", "s0")]
     assert [] in verdicts, (code, err, verdicts)
+
+
+@pytest.mark.parametrize("memory", ["--memory", "--disk-only"])
+def test_virsh_attaches_a_disk_in_our_create_and_the_snapshot_says_that_it_lacks_it(domain: Make, memory: str) -> None:
+    """Its memory would know a device that its disks lack: libvirt could not load it. A revert works without it."""
+    rig = domain(guest=False, size=SMALL)
+    rig.virsh("start", "vm")
+    more = rig.dir / "more.qcow2"
+    rig.qemu_img("create", "-q", "-f", "qcow2", str(more), "8M")
+    code, err = stopped_at(
+        rig, "create.prepared.after", "create", "vm", "s1", memory,
+        meanwhile=lambda: rig.virsh("attach-disk", "vm", str(more), "vdx", "--subdriver", "qcow2"),
+    )  # fmt: skip
+    assert code == 12 and "without vdx, attached meanwhile" in err, (code, err)
+    snapshot = rig.ok("show", "vm", "s1", "--json").json["snapshot"]
+    assert snapshot["partial"] == ["vdx"] and snapshot["state"] == "disk"
+    rig.ok("create", "vm", "s2", memory)
+    assert set(rig.snapshots()["s2"]) == {*rig.targets, "vdx"}
+    rig.ok("revert", "vm", "s1", "-y")
+    rig.virsh("destroy", "vm")
+    assert rig.file_verdict() == []
