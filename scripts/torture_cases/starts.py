@@ -23,7 +23,7 @@ from tests.support.tree_cases import Case
 from tests.support.zygote import Zygote
 
 MERGES = ("delete-into-now", "delete-fork-copy", "delete-many", "accept", "merge")
-WHO = ("qemu", "diskchain", "virsh", "qemu-io")
+WHO = ("qemu", "diskchain", "virsh", "qemu-io", "backup")
 Intruder = Callable[
     [Tree, Path, list[Write]], tuple[int, str]
 ]  # says how many writes were acknowledged, and how it went
