@@ -97,7 +97,9 @@ async def carry_out(deletion: Deletion) -> None:
 
 def method_of(deletion: Deletion | None) -> str:
     """How it was done."""
-    return "" if deletion is None else next(work.method for work in (*deletion.folds, *deletion.pulls))
+    if deletion is None:
+        return ""
+    return [*(fold.method for fold in deletion.folds), *(pull.method for pull in deletion.pulls)][0]
 
 
 if __name__ == "__main__":

@@ -101,7 +101,12 @@ class EnospcWorker(Worker):
         tree.restore(command)
         after, leave = rng.random() * usual, rng.choice((0, 0, 4096, 65536, rng.randrange(4 * MiB)))
         over = threading.Event()
-        thread = threading.Thread(target=lambda: over.wait(after) or volume.fill(leave))
+
+        def fill() -> None:
+            if not over.wait(after):
+                volume.fill(leave)
+
+        thread = threading.Thread(target=fill)
         thread.start()
         answer = tree.rig.run(*command.args)
         over.set()

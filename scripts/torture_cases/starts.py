@@ -24,9 +24,7 @@ from tests.support.zygote import Zygote
 
 MERGES = ("delete-into-now", "delete-fork-copy", "delete-many", "accept", "merge")
 WHO = ("qemu", "diskchain", "virsh", "qemu-io", "backup")
-Intruder = Callable[
-    [Tree, Path, list[Write]], tuple[int, str]
-]  # says how many writes were acknowledged, and how it went
+Intruder = Callable[[Tree, Path, list[Write]], Visit]
 
 
 class Starts(Campaign):
