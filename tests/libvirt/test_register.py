@@ -129,7 +129,7 @@ def test_looking_at_domains_of_others_finds_all_and_writes_nothing(domain: Make)
     assert "the oldest layer is 30 days old" in found["layers-of-others"]["evidence"]
     assert "the domain other and vm both use it" in found["shared-layer"]["evidence"]
     assert found["foreign-overlay"]["subject"].endswith("vda.orphan")
-    assert "1 of its own" in found["internal-snapshots"]["evidence"]
+    assert "internal snapshots in it: 1;" in found["internal-snapshots"]["evidence"]
     assert "(old) of 0 days ago" in found["libvirt-snapshots"]["evidence"]
     assert "vda.somewhere <- vda.old" in found["backing-store-differs"]["evidence"]
     assert {"shared-layer", "foreign-overlay"} <= everywhere

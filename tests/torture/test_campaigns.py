@@ -95,7 +95,8 @@ def test_power_cuts_of_moves_keep_the_records(tmp_path: Path) -> None:
 
 def test_an_edit_whose_sync_fails_does_not_say_that_nothing_changed(tree: ShimTree) -> None:
     """The new catalog was there, and `undelete` ended with 1."""
-    cases = [case for case in points(tree, ("undelete", "delete-later")) if case.endswith("-sticky")]
+    every = [case for case in points(tree, ("undelete", "delete-later")) if case.endswith("-sticky")]
+    cases = random.Random(SEED).sample(every, 12)
     require_nothing_lost(FaultsWorker(tree), cases, len(cases))
 
 
@@ -104,7 +105,7 @@ def test_starts_in_the_middle_of_a_merge_lose_nothing(tmp_path: Path) -> None:
     campaign = Starts(SEED, tmp_path)
     worker = campaign.worker(tmp_path / "starts")
     try:
-        require_nothing_lost(worker, campaign.cases(), 10)
+        require_nothing_lost(worker, campaign.cases(), 5)
     finally:
         worker.close()
 
