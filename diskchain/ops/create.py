@@ -74,7 +74,6 @@ class Prepared:
     save: str  # never | background | paused
     plan: Plan
     quiesce: bool = False
-    disks: frozenset[str] = frozenset()  # that a running VM has
 
 
 async def prepare(vm: VM, request: Request) -> Prepared:
@@ -122,8 +121,7 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     copied = [state_files.label(one.name) for one in state_files.present(vm, definition)]
     plan = _plan(vm, snapshot, overlays, state, save, quiesce, copied)
     plan = replace(plan, warnings=(*plan.warnings, *await vm.driver.remarks()))
-    disks = frozenset() if state.is_off else frozenset(await vm.driver.written_files())
-    return Prepared(snapshot, overlays, state, save, plan, quiesce, disks)
+    return Prepared(snapshot, overlays, state, save, plan, quiesce)
 
 
 async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapshot:
@@ -338,19 +336,19 @@ async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | Non
         if freeze:
             await freeze.begin()
         await uninterrupted(pause.run())
-        plugged = await _plugged(vm, prepared)
-        entry.data["plugged"] = plugged
-        snapshot = replace(
-            prepared.snapshot, pause_ms=pause.milliseconds, partial=(*prepared.snapshot.partial, *plugged)
-        )
+        partial = (*prepared.snapshot.partial, *await _plugged(vm))
+        entry.data["partial"] = list(partial)
+        snapshot = replace(prepared.snapshot, pause_ms=pause.milliseconds, partial=partial)
         entry.data["unquiesced"] = freeze.why if freeze else ""
         return _note_switched(vm, entry, noted(snapshot, entry.data), pause.captured, pause.why)
 
 
-async def _plugged(vm: VM, prepared: Prepared) -> list[str]:
-    """Return the disks that the VM got since the snapshot was planned: it has not got them, and its memory needs them."""
+async def _plugged(vm: VM) -> list[str]:
+    """Return the disks that the VM got since `prepare` found it to have those of the catalog and no others: the snapshot
+    has not got them, and its memory needs them.
+    """
     with contextlib.suppress(DiskchainError):
-        return sorted(set(await vm.driver.written_files()) - prepared.disks)
+        return sorted(set(await vm.driver.written_files()) - set(vm.catalog.active))
     return []
 
 

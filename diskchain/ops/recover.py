@@ -86,8 +86,9 @@ async def _create(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
             "the disks were switched; the snapshot exists", hint=f"diskchain recover {vm.name}, then delete it"
         )
     snapshot = vm.catalog.snapshots[entry.data["snapshot"]]
-    captured = entry.data.get("captured", {})
-    snapshot = quiesce.noted(replace(snapshot, pause_ms=entry.data.get("pause_ms"), captured=captured), entry.data)
+    snapshot = replace(snapshot, pause_ms=entry.data.get("pause_ms"), captured=entry.data.get("captured", {}),
+                       partial=tuple(entry.data.get("partial", snapshot.partial)))  # fmt: skip
+    snapshot = quiesce.noted(snapshot, entry.data)
     snapshot = create_rest.note_frozen(vm, snapshot)
     if entry.state == "saved":
         memory = await save_memory.seal_or_give_up(vm.home, snapshot.id, 0.0)

@@ -77,8 +77,8 @@ async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Prog
     failure = await _wait(vm, progress)
     if not failure and entry.data["save"] == "background":
         failure = state_files.moved_on(vm, snapshot, definition_at(vm.home, snapshot))
-    if not failure and entry.data.get("plugged"):
-        failure = f"{', '.join(entry.data['plugged'])} was attached while the snapshot was made"
+    if not failure and snapshot.partial:  # nobody asked for that: then no memory is saved at all
+        failure = f"{', '.join(snapshot.partial)} was attached while the snapshot was made"
     seconds = max(0.0, time.time() - float(entry.data["captured_at"]))  # for display
     if failure:
         await let_go_on(vm, snapshot)

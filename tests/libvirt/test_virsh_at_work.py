@@ -177,3 +177,22 @@ def test_virsh_attaches_a_disk_in_our_create_and_the_snapshot_says_that_it_lacks
     rig.ok("revert", "vm", "s1", "-y")
     rig.virsh("destroy", "vm")
     assert rig.file_verdict() == []
+
+
+def test_create_that_was_killed_as_virsh_attached_a_disk_says_so_after_recover(domain: Make) -> None:
+    """The journal knows of the disk before the catalog does."""
+    rig = domain(guest=False, size=SMALL)
+    rig.virsh("start", "vm")
+    more = rig.dir / "more.qcow2"
+    rig.qemu_img("create", "-q", "-f", "qcow2", str(more), "8M")
+    code, err = stopped_at(
+        rig, "create.prepared.after;kill:create.saving.after", "create", "vm", "s1", "--memory",
+        meanwhile=lambda: rig.virsh("attach-disk", "vm", str(more), "vdx", "--subdriver", "qcow2"),
+    )  # fmt: skip
+    assert code == -9, (code, err)
+    rig.ok("recover", "vm")
+    snapshot = rig.ok("show", "vm", "s1", "--json").json["snapshot"]
+    assert snapshot["partial"] == ["vdx"] and snapshot["state"] == "disk"
+    rig.ok("create", "vm", "s2", "--memory")
+    rig.virsh("destroy", "vm")
+    assert rig.file_verdict() == []
