@@ -21,7 +21,7 @@ from diskchain.errors import Busy, ChainDamaged, DiskchainError, HasSharers, Not
 from diskchain.host import files, locks, mounts
 from diskchain.host.fault import point
 from diskchain.ops import images_known, sharers
-from diskchain.ops.approve import approve_chain, fingerprint
+from diskchain.ops.approve import approve_chain, differing, fingerprint
 from diskchain.ops.ids import now_utc
 from diskchain.ops.images_known import Identity
 from diskchain.ops.progress import QUIET, Progress
@@ -126,7 +126,7 @@ def _differing(image: Path, seal: Seal) -> list[str]:
     """What is not as it was sealed."""
     now = {**fingerprint(image, seal.fmt), "mtime_ns": image.stat().st_mtime_ns}
     was = {**seal.fingerprint, "mtime_ns": seal.mtime_ns}
-    return sorted(key for key in was if now.get(key) != was[key])
+    return differing(was, now)
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------

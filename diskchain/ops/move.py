@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,7 +188,7 @@ async def _clear(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None:
     await layers.empty_trash(old)
     left = Path(entry.data["from"])
     if left != vm.home.path and left.is_dir():
-        _remove(left)
+        catalog_store.remove(left)
         point("move.records-removed")
     entry.close()
     vm.home.fill_reserve()
@@ -233,16 +232,6 @@ async def _copy_records(old: Home, new: Home) -> None:
         files.fsync_dir(Path(root))
 
 
-def _remove(records: Path) -> None:
-    """Remove records that do not count any more, durably; the catalog first, so that they are none from then on."""
-    files.unlink_durably(records / "catalog.json")
-    shutil.rmtree(records)
-    files.fsync_dir(records.parent)
-    if not any(records.parent.iterdir()):
-        records.parent.rmdir()
-        files.fsync_dir(records.parent.parent)
-
-
 # -- recovery ----------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +239,7 @@ def undo(vm: VM, entry: Entry) -> None:
     """The definition still leads to the old place: remove the new one. Can be repeated."""
     new = Path(entry.data["to"])
     if new != Path(entry.data["from"]) and new.is_dir():
-        _remove(new)
+        catalog_store.remove(new)
         point("move.records-unmade")
     for item in elsewhere.items_of(entry):
         files.unlink_durably(item.path)

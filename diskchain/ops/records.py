@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -141,8 +140,6 @@ def forget(vm: VM) -> Path:
     files.write_durably(left, catalog_store.recover_text(vm.home, vm.catalog).encode())
     gone = vm.home.path.with_name(f".forgotten-{new_id()}")
     files.rename_durably(vm.home.path, gone)
-    shutil.rmtree(gone)
+    catalog_store.remove(gone)
     vm.catalog = replace(vm.catalog, snapshots={})  # nothing of it is to be listed by libvirt
-    if not any(gone.parent.iterdir()):
-        gone.parent.rmdir()
     return left

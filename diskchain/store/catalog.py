@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -109,8 +110,20 @@ def save(home: Home, catalog: Catalog) -> None:
     point("catalog.save.after")
 
 
+def remove(records: Path) -> None:
+    """Remove the directory of records that do not count any more, durably; the catalog first, so that they are none from
+    then on. With the last of them goes the directory that they stand in.
+    """
+    files.unlink_durably(records / "catalog.json")
+    shutil.rmtree(records)
+    files.fsync_dir(records.parent)
+    if not any(records.parent.iterdir()):
+        records.parent.rmdir()
+        files.fsync_dir(records.parent.parent)
+
+
 def may_be(home: Home, catalog: Catalog) -> bool:
-    """Whether the catalog on disk is this one, after a `save` of it that failed; also when that can't be told."""
+    """Whether the catalog on disk is this one; also when that can't be told."""
     try:
         return bool(record.read(home.catalog, "catalog") == json.loads(json.dumps(_to_json(catalog, home.disks_dir))))
     except DiskchainError:

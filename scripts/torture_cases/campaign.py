@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import re
@@ -63,9 +64,9 @@ class Campaign(ABC):
     def __init__(self, seed: int, place: Path) -> None:
         self.seed, self.place = seed, place
 
-    @abstractmethod
     def cases(self) -> Iterator[str]:
-        """Yield cases, the same for the same seed, more than anybody wants if there are so many."""
+        """Yield cases, the same for the same seed, more than anybody wants if there are so many: numbers."""
+        return (str(n) for n in itertools.count())
 
     @abstractmethod
     def worker(self, place: Path) -> Worker:

@@ -8,12 +8,11 @@ A command that was killed, or is unfinished, may have happened at any later time
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -94,9 +93,6 @@ class Histories(Campaign):
     name: ClassVar[str] = "histories"
     unit: ClassVar[str] = "histories of 20 commands"
     counts: ClassVar[tuple[int, int, int]] = (4, 200, 1000)
-
-    def cases(self) -> Iterator[str]:
-        return (str(n) for n in itertools.count())
 
     def worker(self, place: Path) -> Worker:
         return HistoriesWorker(self.seed, Tree(place, Zygote()))

@@ -7,13 +7,12 @@ recoveries are killed before the last. The machine may run on elsewhere: times a
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -103,9 +102,6 @@ class Kills(Campaign):
     name: ClassVar[str] = "kills"
     unit: ClassVar[str] = "kills"
     counts: ClassVar[tuple[int, int, int]] = (60, 1000, 5000)
-
-    def cases(self) -> Iterator[str]:
-        return (str(n) for n in itertools.count())
 
     def worker(self, place: Path) -> Worker:
         return KillsWorker(self.seed, Tree(place, Zygote()))

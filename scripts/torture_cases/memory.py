@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
+from scripts.torture_cases.tree import RigWorker
 from tests.support.rig import MiB, Rig
 from tests.support.zygote import Zygote
 
@@ -51,13 +52,12 @@ class Memory(Campaign):
         return MemoryWorker(self.seed, place)
 
 
-class MemoryWorker(Worker):
+class MemoryWorker(RigWorker[MemoryRig]):
     """A machine that is off, with two snapshots with memory."""
 
     def __init__(self, seed: int, place: Path) -> None:
-        shutil.rmtree(place, ignore_errors=True)
-        self._seed, self._place = seed, place
-        self._rig = MemoryRig(place / "vm", size=MiB, targets=("vda",), memory="64 MiB", zygote=Zygote())
+        rig = MemoryRig(place / "vm", size=MiB, targets=("vda",), memory="64 MiB", zygote=Zygote())
+        super().__init__(seed, place, rig)
         self._rig.prepare(place)
         self._rig.build(guest=False)
         self._rig.ok("start", "vm")
@@ -90,13 +90,6 @@ class MemoryWorker(Worker):
         (snapshot,) = (s for s in self._rig.catalog()["snapshots"].values() if s["name"] == name)
         (path,) = self._rig.dir.glob(f".diskchain/*/snapshots/{snapshot['id']}/memory")
         return path
-
-    def keep(self, to: Path) -> None:
-        shutil.copytree(self._rig.dir, to, dirs_exist_ok=True)
-
-    def close(self) -> None:
-        self._rig.destroy()
-        shutil.rmtree(self._place, ignore_errors=True)
 
 
 def _stream(data: bytes) -> int:

@@ -7,19 +7,19 @@ names; in every fifth the power goes once more in the recovery.
 
 from __future__ import annotations
 
-import itertools
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from scripts.torture_cases import sim
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.faults import ShimTree
 from scripts.torture_cases.shim import DATASYNC, LOG, SYNC, Record, Shim
-from scripts.torture_cases.tree import EVERY, TreeWorker
+from scripts.torture_cases.tree import EVERY, RigWorker, TreeRig, TreeWorker
 from tests.support.rig import Answer, Rig
+from tests.support.zygote import Zygote
 
 NOT_SAID = Answer(-1, "", "")
 Cut = tuple[int, str, str]
@@ -31,9 +31,6 @@ class Power(Campaign):
     name: ClassVar[str] = "power"
     unit: ClassVar[str] = "power cuts"
     counts: ClassVar[tuple[int, int, int]] = (100, 2000, 10000)
-
-    def cases(self) -> Iterator[str]:
-        return (str(n) for n in itertools.count())
 
     def worker(self, place: Path) -> Worker:
         return PowerWorker(self.seed, ShimTree(place))
@@ -65,6 +62,18 @@ class PowerWorker(TreeWorker[ShimTree]):
 
     def _cut(self, args: Sequence[str], before: Path, rng: random.Random) -> tuple[Answer, str]:
         return cut(self._tree.rig, self._tree.shim, args, before, rng)
+
+
+L = TypeVar("L", bound=TreeRig)
+
+
+class LoggedWorker(RigWorker[L]):
+    """A worker whose machine's commands, and the QEMU that they start, run under the shim."""
+
+    def __init__(self, seed: int, place: Path, rig: L) -> None:
+        super().__init__(seed, place, rig)
+        self._shim = Shim(place / "shim", rig.dir)
+        rig.prepare(place, Zygote(env=self._shim.env), self._shim.env)
 
 
 def cut(rig: Rig, shim: Shim, args: Sequence[str], before: Path, rng: random.Random, *,

@@ -12,19 +12,18 @@ import random
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from scripts.torture_cases import sim
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.intruders import Write, by_monitor
-from scripts.torture_cases.power import Cut, cut, instant
-from scripts.torture_cases.shim import Record, Shim
+from scripts.torture_cases.power import Cut, LoggedWorker, cut, instant
+from scripts.torture_cases.shim import Record
 from scripts.torture_cases.tree import SIZE, TreeRig
 from tests.support.rig import Answer, process_state, wait_for
 from tests.support.tree_cases import Case, judge, not_done
-from tests.support.zygote import Zygote
 
 CREATE = Case(("create", "vm", "s", "--memory"), ("now",), 0, done=("s",))
 REVERT = Case(("revert", "vm", "m", "-y"), ("now", "m"), 0, done=("before-revert-1",))
@@ -37,26 +36,16 @@ class PowerLive(Campaign):
     unit: ClassVar[str] = "power cuts"
     counts: ClassVar[tuple[int, int, int]] = (10, 200, 1000)
 
-    def cases(self) -> Iterator[str]:
-        number = 0
-        while True:
-            yield str(number)
-            number += 1
-
     def worker(self, place: Path) -> Worker:
         return PowerLiveWorker(self.seed, place, ('firmware = "uefi"',))
 
 
-class PowerLiveWorker(Worker):
+class PowerLiveWorker(LoggedWorker[TreeRig]):
     """A bare VM (no more than its firmware runs) with a snapshot with memory, which is started for each case."""
 
     def __init__(self, seed: int, place: Path, parts: Sequence[str] = ()) -> None:
-        shutil.rmtree(place, ignore_errors=True)
-        self._seed, self._place = seed, place
-        self._shim = Shim(place / "shim", place / "vm")
         memory = "128 MiB" if parts else "64 MiB"
-        self._rig = TreeRig(place / "vm", size=SIZE, raw=("vdb",), memory=memory, parts=parts)
-        self._rig.prepare(place, Zygote(env=self._shim.env), self._shim.env)
+        super().__init__(seed, place, TreeRig(place / "vm", size=SIZE, raw=("vdb",), memory=memory, parts=parts))
         self._rig.build(guest=False)
         self._rig.write(1, 0, SIZE // 2)
         self._rig.remember("m")
@@ -135,13 +124,6 @@ class PowerLiveWorker(Worker):
             if answer.code != 0 or not self._rig.pid():
                 wrong.append(f"the memory of {name} does not load: {answer.code}, {answer.err.strip()}")
         return wrong
-
-    def keep(self, to: Path) -> None:
-        shutil.copytree(self._rig.dir, to, dirs_exist_ok=True)
-
-    def close(self) -> None:
-        self._rig.destroy()
-        shutil.rmtree(self._place, ignore_errors=True)
 
 
 def beside_memory(log: Sequence[Record], rng: random.Random) -> int:

@@ -5,21 +5,18 @@ A case is a number, or COMMAND:N: all but the last N changes were made, and no n
 
 from __future__ import annotations
 
-import itertools
 import random
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
-from scripts.torture_cases.power import Cut, any_cut, cut
-from scripts.torture_cases.shim import Record, Shim
+from scripts.torture_cases.power import Cut, LoggedWorker, any_cut, cut
+from scripts.torture_cases.shim import Record
 from scripts.torture_cases.tree import SIZE, TreeRig
 from tests.support import tree_cases
 from tests.support.places_cases import CASES, grow, is_done, judge, words
 from tests.support.roaming import Roaming
-from tests.support.zygote import Zygote
 
 
 class PlacesRig(TreeRig, Roaming):
@@ -33,34 +30,28 @@ class PowerPlaces(Campaign):
     unit: ClassVar[str] = "power cuts"
     counts: ClassVar[tuple[int, int, int]] = (10, 300, 1500)
 
-    def cases(self) -> Iterator[str]:
-        return (str(n) for n in itertools.count())
-
     def worker(self, place: Path) -> Worker:
         return PowerPlacesWorker(self.seed, place)
 
 
-class PowerPlacesWorker(Worker):
+class PowerPlacesWorker(LoggedWorker[PlacesRig]):
     """One tree in two directories, on somebody else's template."""
 
     def __init__(self, seed: int, place: Path) -> None:
-        shutil.rmtree(place, ignore_errors=True)
-        self._seed, self._place = seed, place
-        self._shim = Shim(place / "shim", place / "vm")
-        self._rig = PlacesRig(place / "vm", size=SIZE)
-        self._rig.prepare(place, Zygote(env=self._shim.env), self._shim.env)
-        grow(self._rig)
+        rig = PlacesRig(place / "vm", size=SIZE)
+        super().__init__(seed, place, rig)
+        grow(rig)
         self._template = self._rig.save_template()
 
     def run(self, case: str) -> Result:
         rng = random.Random(f"power-places {self._seed} {case}")
-        name, _, last = case.rpartition(":")
-        name = name or rng.choice(sorted(CASES))
+        chosen, _, last = case.rpartition(":")
+        name = chosen or rng.choice(sorted(CASES))
         command = CASES[name]
         self._rig.restore_template(self._template)
 
         def choose(log: Sequence[Record], rng: random.Random) -> Cut:
-            return any_cut(log, rng) if name not in case else (len(log) - int(last), "all", "none")
+            return (len(log) - int(last), "all", "none") if chosen else any_cut(log, rng)
 
         answer, note = cut(self._rig, self._shim, words(self._rig, command), self._template, rng, choose=choose)
         recovered = self._rig.run("recover", "vm")
@@ -72,10 +63,3 @@ class PowerPlacesWorker(Worker):
         except (AssertionError, OSError, ValueError, KeyError) as error:
             seen, lost = [f"can't be read: {type(error).__name__}: {error}"], 0
         return Result(case, True, [*wrong, *seen], lost, bool(seen) and not wrong, bool(wrong), 1, f"{name}: {note}")
-
-    def keep(self, to: Path) -> None:
-        shutil.copytree(self._rig.dir, to, dirs_exist_ok=True)
-
-    def close(self) -> None:
-        self._rig.destroy()
-        shutil.rmtree(self._place, ignore_errors=True)

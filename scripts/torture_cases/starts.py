@@ -23,7 +23,6 @@ from tests.support.tree_cases import Case
 from tests.support.zygote import Zygote
 
 MERGES = ("delete-into-now", "delete-fork-copy", "delete-many", "accept", "merge")
-WHO = ("qemu", "diskchain", "virsh", "qemu-io", "backup")
 Intruder = Callable[[Tree, Path, list[Write]], Visit]
 
 
@@ -35,7 +34,7 @@ class Starts(Campaign):
     counts: ClassVar[tuple[int, int, int]] = (20, 500, 2000)
 
     def cases(self) -> Iterator[str]:
-        return (f"{who}:{n}" for n in itertools.count() for who in WHO)
+        return (f"{who}:{n}" for n in itertools.count() for who in INTRUDERS)
 
     def worker(self, place: Path) -> Worker:
         return StartsWorker(self.seed, place)

@@ -198,3 +198,20 @@ class TreeWorker(Worker, Generic[T]):
 
     def close(self) -> None:
         self._tree.close()
+
+
+R = TypeVar("R", bound=Rig)
+
+
+class RigWorker(Worker, Generic[R]):
+    """A worker with one machine, which is in a place of the worker's own."""
+
+    def __init__(self, seed: int, place: Path, rig: R) -> None:
+        self._seed, self._place, self._rig = seed, place, rig
+
+    def keep(self, to: Path) -> None:
+        shutil.copytree(self._rig.dir, to, dirs_exist_ok=True)
+
+    def close(self) -> None:
+        self._rig.destroy()
+        shutil.rmtree(self._place, ignore_errors=True)

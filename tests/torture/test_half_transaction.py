@@ -37,10 +37,10 @@ def test_second_disk_busy_in_the_transaction_leaves_the_first_where_it_was(rig: 
     """Somebody begins to copy the second disk when all was checked. The VM runs on, on its disks; nothing is left behind."""
     (socket,) = rig.run_dir.glob("*/info.sock")
     with contextlib.closing(Qmp(socket)) as qmp:
-        before, names = written(qmp), {b["inserted"]["file"]: b["inserted"]["node-name"] for b in qmp("query-block")}
+        before = written(qmp)
         process = rig.popen("--json", "create", "vm", "s1", memory, fault="stop:create.prepared.after")
         wait_for(lambda: process_state(process.pid) == "T", "diskchain stops when all is prepared")
-        node = names[next(file for target, file in before.items() if target == "vdb")]
+        (node,) = (b["inserted"]["node-name"] for b in qmp("query-block") if b["inserted"]["file"] == before["vdb"])
         qmp("blockdev-add", driver="null-co", node_name="sink", size=8 * MiB)
         qmp("blockdev-mirror", job_id="copy", device=node, target="sink", sync="none")
         os.kill(process.pid, signal.SIGCONT)
