@@ -204,7 +204,25 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
     Raise NoSpace, Refused or DiskchainError; then the old file is untouched.
     """
     temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
-    fd = create_exclusive(temporary, mode)
+    _write_and_rename(create_exclusive(temporary, mode), temporary, path, data)
+
+
+def write_durably_into(spare: Path, path: Path, data: bytes) -> None:
+    """As `write_durably`, with the space of a file that has enough already, on the same volume; it is used up in any case.
+
+    It leaves its own name durably before anything else: with two names after a power cut, what is written into a spare
+    file next time would go into the record.
+    """
+    temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
+    with os_errors(path, "write"):
+        spare.rename(temporary)
+        fsync_dir(path.parent)
+        fsync_dir(spare.parent)
+        fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    _write_and_rename(fd, temporary, path, data)
+
+
+def _write_and_rename(fd: int, temporary: Path, path: Path, data: bytes) -> None:
     try:
         with os_errors(path, "write"):
             _write_and_close(fd, data)
@@ -231,6 +249,7 @@ def _write_and_close(fd: int, data: bytes) -> None:
         view = memoryview(data)
         while view:
             view = view[file.write(view) :]
+        file.truncate()  # a spare file was longer
         os.fsync(fd)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot
-from diskchain.errors import DiskchainError, NoSpace, RecordDamaged
+from diskchain.errors import DiskchainError, RecordDamaged
 from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.store import record
+from diskchain.store.reserve import Reserve
 
 HOME = ".diskchain"
-_RESERVE = 1 << 20
 
 
 class Home:
@@ -29,7 +28,7 @@ class Home:
         self.catalog = path / "catalog.json"
         self.journal = path / "journal"
         self.lock = path / "lock"
-        self.reserve = path / "reserve"
+        self.reserve = Reserve(path / "reserve")
         self.recover_txt = path / "RECOVER.txt"
 
     @classmethod
@@ -51,7 +50,7 @@ class Home:
         return self.snapshot_dir(snapshot_id) / "memory"
 
     def make(self) -> None:
-        """Create the directories (mode 0700: guest memory is secrets) and the reserve of 1 MiB."""
+        """Create the directories (mode 0700: guest memory is secrets) and the reserve."""
         for directory in (self.path, self.journal, self.path / "snapshots"):
             files.make_dirs_durably(directory)
         self.fill_reserve()
@@ -59,28 +58,19 @@ class Home:
 
     def remove_unused(self) -> None:
         """Take back a `make` of records that nothing was put into; what is not empty stays."""
-        for path in (self.reserve, self.recover_txt, self.catalog, self.lock):
+        self.reserve.release()
+        for path in (self.recover_txt, self.catalog, self.lock):
             path.unlink(missing_ok=True)
         for directory in (self.journal, self.path / "snapshots", self.path, self.path.parent):
             with contextlib.suppress(OSError):
                 directory.rmdir()
 
     def fill_reserve(self) -> None:
-        """Make sure of 1 MiB that a delete can fall back on when the volume is full; quietly nothing when it is."""
-        if self.reserve.exists() and self.reserve.stat().st_blocks * 512 >= _RESERVE:
-            return
+        """Make sure of the room that records can fall back on when the volume is full; quietly nothing when it is."""
+        largest = 0
         with contextlib.suppress(OSError):
-            fd = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, _RESERVE)
-            except OSError:
-                os.ftruncate(fd, 0)
-            finally:
-                os.close(fd)
-
-    def release_reserve(self) -> None:
-        """Give the reserve back to the volume, so that records can be written at 0 bytes free."""
-        self.reserve.unlink(missing_ok=True)
+            largest = self.catalog.stat().st_size
+        self.reserve.fill(largest)
 
 
 def homes_near(disk: Path) -> Iterator[Home]:
@@ -105,8 +95,8 @@ def save(home: Home, catalog: Catalog) -> None:
     """Write the catalog and RECOVER.txt durably. At 0 bytes free the reserve is used. Raise NoSpace, Refused."""
     point("catalog.save.before")
     body = _to_json(catalog, home.disks_dir)
-    with_reserve(home, lambda: record.write(home.catalog, "catalog", body))
-    with_reserve(home, lambda: files.write_durably(home.recover_txt, recover_text(home, catalog).encode()))
+    home.reserve.write(home.catalog, record.dump("catalog", body))
+    home.reserve.write(home.recover_txt, recover_text(home, catalog).encode())
     point("catalog.save.after")
 
 
@@ -128,15 +118,6 @@ def may_be(home: Home, catalog: Catalog) -> bool:
         return bool(record.read(home.catalog, "catalog") == json.loads(json.dumps(_to_json(catalog, home.disks_dir))))
     except DiskchainError:
         return True
-
-
-def with_reserve(home: Home, write: Any) -> None:
-    """Run `write`; when the volume is full, release the reserve and run it again. Raise NoSpace the second time."""
-    try:
-        write()
-    except NoSpace:
-        home.release_reserve()
-        write()
 
 
 def _short(path: Path, root: Path) -> str:

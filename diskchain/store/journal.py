@@ -17,7 +17,7 @@ from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.host.process import boot_id
 from diskchain.store import record
-from diskchain.store.catalog import Home, with_reserve
+from diskchain.store.catalog import Home
 
 
 @dataclass
@@ -70,13 +70,14 @@ class Entry:
     def _write(self) -> None:
         body = {"op": self.op, "id": self.id, "state": self.state, "started": self.started,
                 "pid": os.getpid(), "boot": boot_id(), "data": self.data}  # fmt: skip
-        with_reserve(self.home, lambda: record.write(self._path, "journal", body))
+        self.home.reserve.write(self._path, record.dump("journal", body))
 
 
 def begin(home: Home, op: str, entry_id: str, started: str, data: Mapping[str, Any]) -> Entry:
     """Open an entry in state `intent`. The caller holds the VM's lock. Raise Unfinished when one is open already."""
     if is_open(home):
         raise Unfinished("an earlier operation on this VM was interrupted", hint="diskchain recover")
+    home.fill_reserve()
     entry = Entry(home, op, entry_id, "intent", dict(data), started)
     try:
         entry.advance("intent")

@@ -48,6 +48,7 @@ def picture(directory: Path) -> Picture:
     """Every file below the directory with its kind, mode and content; what may change at any time is left out."""
     found = {}
     for root, names, files in os.walk(directory):
+        names[:] = [name for name in names if name not in _PASSING]
         for name in [*names, *files]:
             path = Path(root) / name
             if name not in _PASSING:
