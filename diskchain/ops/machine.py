@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import uuid as uuid_module
@@ -26,6 +27,7 @@ from diskchain.errors import (
     HostileImage,
     NotFound,
     Refused,
+    Unfinished,
     UsageError,
     VMRunning,
 )
@@ -62,11 +64,12 @@ async def define(host: Host, file: Path) -> Defined:
         registered = Registered(machine, home.path, str(file.absolute()))
         catalog = _next_catalog(host, machine, home, chains)
         catalog = await state_files.provide(QemuDriver(registered, host.machines, host.config.run_dir), catalog)
-        catalog_store.save(home, _both(home, catalog))
-        point("define.catalog")
-        host.machines.put(registered)
-        point("define.definition")
-        catalog_store.save(home, catalog)
+        with _told(host, machine.name, "defined"):
+            catalog_store.save(home, _both(home, catalog))
+            point("define.catalog")
+            host.machines.put(registered)
+            point("define.definition")
+            catalog_store.save(home, catalog)
     return Defined(machine, home.path, known is not None)
 
 
@@ -333,5 +336,21 @@ async def undefine(host: Host, name: str) -> Path:
             raise VMRunning(f"{name} is on", hint=f"diskchain stop {name}")
     finally:
         await driver.close()
-    host.machines.remove(registered.machine.name)
+    with _told(host, registered.machine.name, "undefined"):
+        host.machines.remove(registered.machine.name)
+        point("undefine.removed")
     return registered.home
+
+
+@contextlib.contextmanager
+def _told(host: Host, name: str, done: str) -> Iterator[None]:
+    """An exit code says whether anything changed: what fails after the definition did becomes Unfinished."""
+    before = _known(host.machines, name)
+    try:
+        yield
+    except (DiskchainError, OSError) as error:
+        if _known(host.machines, name) == before:
+            raise
+        what = error.message if isinstance(error, DiskchainError) else str(error)
+        raise Unfinished(f"{what}; {name} was {done}, and that may be lost when the power goes",
+                         hint="put right the disk, then look at it: diskchain machine list") from error  # fmt: skip

@@ -73,9 +73,9 @@ def _allocate(path: Path, size: int) -> None:
     """Let the file have `size` bytes of its own; what gets less is not kept. Raise OSError."""
     with contextlib.suppress(FileNotFoundError):
         status = path.lstat()
-        if status.st_size == size and status.st_blocks * 512 >= size:
+        if status.st_size >= size and status.st_blocks * 512 >= size:
             return
-        path.unlink()  # it was cut to a record that was never finished
+        path.unlink()  # the catalog has grown
     fd = files.create_exclusive(path)
     try:
         os.posix_fallocate(fd, 0, size)

@@ -105,3 +105,25 @@ def test_journal_entry_that_can_not_be_synced_is_taken_back(line: tuple[Rig, Pat
     assert not rig.journal()
     rig.ok("recover", "vm")
     assert "s1" in rig.snapshots() and judge(rig, {"now"}, "s1") == []
+
+
+def test_definition_that_changed_before_the_disk_failed_is_unfinished(line: tuple[Rig, Path]) -> None:
+    """Exit 1 would say that nothing changed; where that is so it is said. Each can be done again."""
+    rig, template = line
+    rig.restore_template(template)
+    file = rig.dir / "vm.toml"
+
+    def failing(command: str, what: str, point: str, code: int) -> None:
+        more = ("-y",) if command == "undefine" else ()
+        check_error(rig.run("--json", "machine", command, what, *more, fault=f"fail:{point}"), code=code)
+
+    failing("define", str(file), "define.definition", 1)  # as it was
+    file.write_text(file.read_text().replace("cpus = 1", "cpus = 2"))
+    failing("define", str(file), "define.catalog", 1)
+    failing("define", str(file), "define.definition", 3)
+    rig.ok("machine", "define", str(file))
+    assert judge(rig, {"now"}, "s1") == []
+    failing("undefine", "vm", "undefine.removed", 3)
+    assert rig.run("machine", "undefine", "vm", "-y").code == 4
+    rig.ok("machine", "define", str(file))
+    assert judge(rig, {"now"}, "s1") == []
