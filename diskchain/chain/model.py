@@ -297,3 +297,12 @@ def vm_name(text: str) -> str:
         raise BadName("a machine name is 1 to 63 letters, digits, '.', '_', '+' or '-', beginning with a letter or digit",
                       hint='for example: name = "web1"')  # fmt: skip
     return text
+
+
+def layer_name(base: Path, target: str, image_id: str) -> str:
+    """Return the file name of a new layer in the chain of that base: `<stem of the base>.<target>.<id>.qcow2`.
+
+    A base that got such a name itself (`delete --to`, `detach --to`) gives the stem that it was made of: names do not grow.
+    """
+    stem = re.sub(rf"(\.{re.escape(target)}\.[0-9a-f]{{12}})+$", "", base.stem) or base.stem
+    return f"{stem[:100]}.{target}.{image_id}.qcow2"

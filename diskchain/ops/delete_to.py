@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diskchain.chain.deletion import Deletion, Fold
-from diskchain.chain.model import Catalog
+from diskchain.chain.model import Catalog, layer_name
 from diskchain.chain.plan import Plan
 from diskchain.errors import DiskchainError, NoSpace, NotFound, UnsupportedDisk
 from diskchain.ops import delete, delete_plan, detach, elsewhere, move, room
@@ -31,7 +31,7 @@ def items(catalog: Catalog, deletions: Sequence[Deletion], directory: Path) -> l
 
 def _item(catalog: Catalog, fold: Fold, directory: Path) -> Item:
     base = catalog.chain(fold.into.id)[-1]
-    name = f"{base.path.stem[:100]}.{fold.target}.{new_id()}.qcow2"
+    name = layer_name(base.path, fold.target, new_id())
     layers = (fold.into.id, *(i.id for i in reversed(fold.gone)))
     return Item(fold.into.id, directory / name, layers, fold.into.backing)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diskchain.chain.deletion import Deletion, Pull
-from diskchain.chain.model import Catalog, Image
+from diskchain.chain.model import Catalog, Image, layer_name
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.errors import HasSharers, NotFound
@@ -84,7 +84,7 @@ def _item(catalog: Catalog, top: Image, directory: Path | None) -> Item:
     """One file that shows all that the base shows."""
     above = catalog.overlays_on(top.id)
     place = directory or (above[0] if above else top).path.parent
-    name = f"{top.path.stem[:100]}.{top.target}.{new_id()}.qcow2"
+    name = layer_name(top.path, top.target, new_id())
     return Item(top.id, place / name, (top.id,), None)
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diskchain.chain import qcow2
-from diskchain.chain.model import Catalog, Image
+from diskchain.chain.model import Catalog, Image, layer_name
 from diskchain.errors import Busy, ChainDamaged, DiskchainError, NotFound, Refused
 from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
@@ -124,13 +124,13 @@ def _virtual_size(image: Image) -> int:
 def plan_overlays(catalog: Catalog, on: Mapping[str, str], directory: Path | None = None) -> dict[str, Image]:
     """Given for each target the image to stand on, return the new overlays (not made yet), beside it or in `directory`.
 
-    Named `<stem of the chain's base>.<target>.<id>.qcow2`: names do not grow with the chain.
+    Names: `layer_name`; they do not grow with the chain.
     """
     overlays = {}
     for target, below_id in on.items():
         below, base = catalog.images[below_id], catalog.chain(below_id)[-1]
         image_id = new_id()
-        path = (directory or below.path.parent) / f"{base.path.stem[:100]}.{target}.{image_id}.qcow2"
+        path = (directory or below.path.parent) / layer_name(base.path, target, image_id)
         if os.path.lexists(path):  # before the journal knows the name: its undo unlinks what it knows
             raise Refused(f"{path} exists already", hint="move it away, then try again")
         size = virtual_size(below.path, below.fmt)

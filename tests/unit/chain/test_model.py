@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diskchain.chain.deletion import plan_deletion
-from diskchain.chain.model import Catalog, Image, MiB, Snapshot, snapshot_name
+from diskchain.chain.model import Catalog, Image, MiB, Snapshot, layer_name, snapshot_name
 from diskchain.chain.plan import plan_revert_disks
 from diskchain.errors import BadName, ChainDamaged, NotFound, Protected, Refused
 
@@ -160,3 +160,21 @@ def test_without_disks_lets_go_of_what_is_neither_ours_nor_frozen() -> None:
     alone = replace(catalog, images={k: replace(i, ours=False) for k, i in catalog.images.items()})
     assert set(alone.without_disks(["vdb"]).images) == {"a", "a2"} and not alone.without_disks(["vdb"]).detached
     assert catalog_of().without_disks(["vdb"]).folded("vdb", "b2", "b").detached == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("web1.qcow2", "web1.vda.0123456789ab.qcow2"),
+        ("web1.raw", "web1.vda.0123456789ab.qcow2"),
+        ("web1.vda.fedcba987654.qcow2", "web1.vda.0123456789ab.qcow2"),
+        ("web1.vda.fedcba987654.vda.111111111111.qcow2", "web1.vda.0123456789ab.qcow2"),
+        ("web1.vdb.fedcba987654.qcow2", "web1.vdb.fedcba987654.vda.0123456789ab.qcow2"),
+        ("web1.vda.old.qcow2", "web1.vda.old.vda.0123456789ab.qcow2"),
+        (".vda.fedcba987654.qcow2", ".vda.fedcba987654.vda.0123456789ab.qcow2"),
+        ("x" * 200 + ".qcow2", "x" * 100 + ".vda.0123456789ab.qcow2"),
+    ],
+)
+def test_names_of_layers_do_not_grow(base: str, name: str) -> None:
+    """Neither with the chain nor with the times that its base was written anew."""
+    assert layer_name(Path("/srv/vm") / base, "vda", "0123456789ab") == name
