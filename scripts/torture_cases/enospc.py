@@ -1,7 +1,7 @@
 """Small file systems of their own that are full, or get full in the middle of a command; resumed when there is room again.
 
-A case is FILESYSTEM:NUMBER. It counts when the command met the full disk: not when that was refused beforehand (exit 7),
-and not when it went through all the same.
+In half of the cases somebody else goes on taking every block that comes free. A case is FILESYSTEM:NUMBER. It counts when
+the command met the full disk: not when that was refused beforehand (exit 7), and not when it went through all the same.
 """
 
 from __future__ import annotations
@@ -100,11 +100,13 @@ class EnospcWorker(Worker):
         usual = tree.usual_time(name)
         tree.restore(command)
         after, leave = rng.random() * usual, rng.choice((0, 0, 4096, 65536, rng.randrange(4 * MiB)))
-        over = threading.Event()
+        over, hungry = threading.Event(), rng.random() < 0.5
 
         def fill() -> None:
             if not over.wait(after):
                 volume.fill(leave)
+            while hungry and not over.wait(0.0005):
+                volume.fill(0)
 
         thread = threading.Thread(target=fill)
         thread.start()
@@ -115,7 +117,10 @@ class EnospcWorker(Worker):
         volume.free()
         wrong, lost, silent, stuck = tree.recovered(command, answer)
         wrong = [*undocumented(answer), *undocumented(full), *wrong]
-        note = f"{name}: {leave} bytes left after {after:.3f} of {usual:.3f} s -> {answer.code}, then {full.code}"
+        taken = ", every free block taken" if hungry else ""
+        note = (
+            f"{name}: {leave} bytes left after {after:.3f} of {usual:.3f} s{taken} -> {answer.code}, then {full.code}"
+        )
         return Result(case, answer.code not in (0, 7), wrong, lost, silent, stuck, 1, note)
 
     def _of(self, kind: str) -> tuple[Volume, Tree]:
