@@ -70,9 +70,9 @@ def test_ten_failed_saves_in_a_row_leave_a_running_guest(small: tuple[Rig, Small
     rig, disk = small
     with Console(rig.console()) as console:
         console.wait(r"^D round 2$")
+        works_on(console)
         for number in range(10):
             mark = console.mark()
-            works_on(console)
             code, err = failed_save(rig, disk, f"f{number}")
             assert code == 12 and "without memory" in err, (code, err)
             works_on(console)
