@@ -35,6 +35,10 @@ class MemorySaver:
         answer = await (await self._commander()).execute("query-migrate")
         return [str(reason) for reason in answer.get("blocked-reasons", [])]
 
+    async def devices(self) -> list[str]:
+        """qom-list of what was given to QEMU."""
+        return await migration.devices(await self._commander())
+
     async def prepare_memory_save(self, memory: int, *, background: bool) -> None:
         """Capability and descriptor."""
         monitor = await self._commander()

@@ -40,6 +40,18 @@ async def set_background(monitor: Commander, on: bool) -> None:
         ) from error
 
 
+async def devices(monitor: Commander) -> list[str]:
+    """Return the names of the devices that were given to QEMU, at its start or since; a memory loads only into the same ones.
+
+    QEMU takes and gives back none while it saves (`device_add`, `device_del`: "not allowed while migrating").
+    """
+    found = []
+    for place in ("peripheral", "peripheral-anon"):
+        children = await monitor.execute("qom-list", path=f"/machine/{place}")
+        found += [str(child["name"]) for child in children if str(child["type"]).startswith("child<")]
+    return sorted(found)
+
+
 async def pass_file(monitor: Commander, fd: int) -> None:
     """Give QEMU the memory file. It goes on from the offset that it shares with our descriptor."""
     monitor.send_fd(fd)

@@ -298,6 +298,11 @@ class Driver(Protocol):
     async def memory_blockers(self) -> list[str]:
         """Return in words what keeps the memory of a VM that is on from being saved at all."""
 
+    async def devices(self) -> list[str]:
+        """Return the names of the devices of a VM that is on. Its memory loads only into the same ones; none comes or goes
+        while memory is saved.
+        """
+
     async def check_background_save(self) -> None:
         """Raise MemoryNotSaved when memory can't be saved while the VM runs; the message says why, the hint what to set."""
 

@@ -74,6 +74,7 @@ class Prepared:
     save: str  # never | background | paused
     plan: Plan
     quiesce: bool = False
+    devices: tuple[str, ...] = ()  # that the memory will be saved with
 
 
 async def prepare(vm: VM, request: Request) -> Prepared:
@@ -121,7 +122,8 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     copied = [state_files.label(one.name) for one in state_files.present(vm, definition)]
     plan = _plan(vm, snapshot, overlays, state, save, quiesce, copied)
     plan = replace(plan, warnings=(*plan.warnings, *await vm.driver.remarks()))
-    return Prepared(snapshot, overlays, state, save, plan, quiesce)
+    devices = await vm.driver.devices() if save != "never" else ()
+    return Prepared(snapshot, overlays, state, save, plan, quiesce, tuple(devices))
 
 
 async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapshot:
@@ -286,6 +288,7 @@ def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
         "was": prepared.state.value,
         "owner": vm.driver.save_owner(),
         "quiesce": prepared.quiesce,
+        "devices": list(prepared.devices),
     }
 
 

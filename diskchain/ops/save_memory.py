@@ -74,11 +74,13 @@ async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Prog
 
     Journal state `saving` before, `saved` after. Returns the snapshot as it is in the catalog then.
     """
+    others = await _other_devices(vm, entry)
     failure = await _wait(vm, progress)
     if not failure and entry.data["save"] == "background":
         failure = state_files.moved_on(vm, snapshot, definition_at(vm.home, snapshot))
     if not failure and snapshot.partial:  # nobody asked for that: then no memory is saved at all
         failure = f"{', '.join(snapshot.partial)} was attached while the snapshot was made"
+    failure = failure or others
     seconds = max(0.0, time.time() - float(entry.data["captured_at"]))  # for display
     if failure:
         await let_go_on(vm, snapshot)
@@ -92,6 +94,22 @@ async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Prog
     with contextlib.suppress(DiskchainError):
         await vm.driver.end_memory_save()
     return snapshot
+
+
+async def _other_devices(vm: VM, entry: Entry) -> str:
+    """Say which devices came or went between `create`'s look and the instant. The saved configuration has others then, and
+    the memory would never load.
+    """
+    before = entry.data.get("devices")
+    if before is None:
+        return ""  # begun by an older diskchain
+    try:
+        now = await vm.driver.devices()
+    except DiskchainError:
+        return ""  # it ended; the wait says so
+    said = [f"{name} was attached" for name in now if name not in before]
+    said += [f"{name} was detached" for name in before if name not in now]
+    return f"{', '.join(said)} while the snapshot was made" if said else ""
 
 
 async def let_go_on(vm: VM, snapshot: Snapshot) -> None:

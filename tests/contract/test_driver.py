@@ -133,11 +133,12 @@ def test_switch_disks_is_all_and_the_guest_counts_on(case: Case) -> None:
 
     async def story(driver: Driver, console: Console) -> None:
         await started(driver, case, console)
-        overlays = case.overlays(case.bases)
+        overlays, devices = case.overlays(case.bases), await driver.devices()
         await driver.prepare_disks(overlays)
         await driver.pause()
         await driver.switch_disks(overlays)
         await driver.resume()
+        assert await driver.devices() == devices and len(devices) >= len(overlays)
         assert await driver.active_files() == await driver.written_files() == paths(overlays)
         frozen = [i.path.read_bytes() for i in case.bases.values()]
         now = console.counter() or 0

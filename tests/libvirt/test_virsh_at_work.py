@@ -179,6 +179,27 @@ def test_virsh_attaches_a_disk_in_our_create_and_the_snapshot_says_that_it_lacks
     assert rig.file_verdict() == []
 
 
+def test_virsh_attaches_another_device_in_our_create_and_no_memory_is_kept_that_could_not_be_loaded(
+    domain: Make,
+) -> None:
+    """The definition beside the memory lacks it. The next create has both, and goes back."""
+    rig = domain(guest=False, size=SMALL)
+    rig.virsh("start", "vm")
+    device = rig.dir / "rng.xml"
+    device.write_text("<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>")
+    code, err = stopped_at(
+        rig, "create.prepared.after", "create", "vm", "s1", "--memory",
+        meanwhile=lambda: rig.virsh("attach-device", "vm", str(device), "--live"),
+    )  # fmt: skip
+    assert code == 12 and "rng0 was attached while the snapshot was made" in err, (code, err)
+    assert rig.ok("show", "vm", "s1", "--json").json["snapshot"]["state"] == "disk"
+    rig.ok("create", "vm", "s2", "--memory")
+    rig.ok("revert", "vm", "s2", "-y")
+    assert "<rng" in rig.virsh("dumpxml", "vm")
+    rig.virsh("destroy", "vm")
+    assert rig.file_verdict() == []
+
+
 def test_create_that_was_killed_as_virsh_attached_a_disk_says_so_after_recover(domain: Make) -> None:
     """The journal knows of the disk before the catalog does."""
     rig = domain(guest=False, size=SMALL)
