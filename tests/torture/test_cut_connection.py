@@ -1,0 +1,105 @@
+"""The connection over which the disks are switched breaks in the transaction: what QEMU did is asked, not guessed."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.bare_qmp import Qmp
+from tests.support.rig import MiB, Rig
+
+
+class Cut:
+    """In the place of a QMP socket: passes all on but for the answer to the command whose last byte comes alone.
+
+    `reaches`: whether that byte gets to QEMU. The real socket is back at the end.
+    """
+
+    def __init__(self, path: Path, *, reaches: bool) -> None:
+        self._path, self._real, self._reaches = path, path.with_name("s"), reaches
+        self.cut = threading.Event()
+        path.rename(self._real)
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(path))
+        self._listening.listen(1)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            client, _ = self._listening.accept()
+            with client, socket.socket(socket.AF_UNIX) as qemu:
+                qemu.connect(str(self._real))
+                back = threading.Thread(target=self._answers, args=(qemu, client), daemon=True)
+                back.start()
+                while (data := client.recv(1 << 16)) not in (b"", b"}"):
+                    qemu.sendall(data)
+                if data == b"}":
+                    self.cut.set()
+                    if self._reaches:
+                        qemu.sendall(data)
+                        back.join(30)
+                client.shutdown(socket.SHUT_RDWR)
+
+    def _answers(self, qemu: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := qemu.recv(1 << 16):
+                if self.cut.is_set():
+                    return
+                client.sendall(data)
+
+    def close(self) -> None:
+        """Give the real socket back."""
+        self._listening.close()
+        self._path.unlink()
+        self._real.rename(self._path)
+        self._thread.join(10)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """A VM that runs its firmware, with two disks."""
+    rig = Rig(tmp_path / "vm", size=8 * MiB, memory="64 MiB")
+    rig.build(guest=False)
+    rig.write(1, 0, MiB)
+    rig.remember("now")
+    rig.ok("start", "vm")
+    yield rig
+    rig.destroy()
+
+
+@pytest.mark.parametrize("memory", ["--memory", "--disk-only"])
+@pytest.mark.parametrize("reaches", [True, False], ids=["carried-out", "not-carried-out"])
+def test_connection_breaks_in_the_transaction_and_the_snapshot_is_whole_or_not_there(
+    rig: Rig, memory: str, reaches: bool
+) -> None:
+    """The VM runs on, on one layer or the other; nothing is lost or left behind; the next create and a merge work."""
+    (path,) = rig.run_dir.glob("*/switch.sock")
+    proxy = Cut(path, reaches=reaches)
+    try:
+        answer = rig.run("--json", "create", "vm", "s1", memory)
+    finally:
+        proxy.close()
+    assert proxy.cut.is_set()
+    wanted = {True: 12 if memory == "--memory" else 0, False: 9}[reaches]
+    assert answer.code == wanted, (answer.code, answer.out, answer.err)
+    with contextlib.closing(Qmp(next(rig.run_dir.glob("*/info.sock")))) as qmp:
+        assert qmp("query-status")["status"] == "running"
+        written = {Path(b["qdev"]).parent.name: b["inserted"]["image"]["filename"] for b in qmp("query-block")}
+        held = [node for node in qmp("query-named-block-nodes", flat=True) if node["drv"] == "qcow2"]
+    assert len(written) == 2 and all(str(path) in written[target] for target, path in rig.active().items())
+    assert rig.journal() == [] and rig.snapshots().keys() == ({"s1"} if reaches else set())
+    assert len(held) == (4 if reaches else 2), "what was prepared is closed again"
+    if reaches:
+        rig.expected["s1"] = rig.expected["now"]
+    rig.ok("create", "vm", "s2", memory)
+    rig.expected["s2"] = rig.expected["now"]
+    rig.ok("stop", "vm", "--force", "-y")
+    assert rig.verdict(present="now") == []
+    rig.ok("delete", "vm", "s2", "-y")
+    assert rig.verdict(present="now") == []
