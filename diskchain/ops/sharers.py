@@ -39,7 +39,7 @@ def refuse_overlays(vm: VM, image: Image, mine: Iterable[Image]) -> None:
         raise HasSharers(f"{image.path} is sealed as a base; it is neither merged into nor removed",
                          hint=f"diskchain detach {vm.name} gives the VM a copy of its own")  # fmt: skip
     status = image.path.stat()
-    known = {i.path.resolve() for i in mine} | {image.path.resolve()}
+    known = {i.path for i in mine} | {image.path}
     target = (status.st_dev, status.st_ino)
     users = sorted(set(_other_machines(vm, target)) | set(_overlays_in_directories(vm, target, known)))
     if users:
@@ -65,9 +65,12 @@ def _overlays_in_directories(vm: VM, target: tuple[int, int], known: set[Path]) 
         directories |= {disk.parent.resolve() for disk in other.disks}
     for root in vm.config.image_roots:
         directories |= set(directories_below(root.resolve(), DEPTH))
+    paths, files_of_ours = {path.resolve() for path in known}, {identity(path) for path in known}
     for directory in directories:
         for path in _files(directory):
-            if path.resolve() not in known and _backs_on(path, target):
+            if path.resolve() in paths or (identity(path) in files_of_ours and _names(path) == 1):
+                continue  # the second: through a bind mount
+            if _backs_on(path, target):
                 yield str(path)
 
 
@@ -144,6 +147,14 @@ def _file_named(name: str) -> str | None:
         node = node["file"]
     file = node.get("filename", node.get("file.filename")) if isinstance(node, dict) else None
     return file if isinstance(file, str) else None
+
+
+def _names(path: Path) -> int:
+    """How many hard links a file has; each may be somebody's."""
+    try:
+        return path.stat().st_nlink
+    except OSError:
+        return 0
 
 
 def identity(path: Path) -> tuple[int, int] | None:

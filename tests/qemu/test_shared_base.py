@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -95,6 +97,44 @@ def test_overlay_name_that_is_taken_the_file_there_is_not_touched(tree: Rig, ope
         assert isinstance(caught.value, Refused) and "exists already" in caught.value.message
     assert victim.read_bytes() == b"precious" and not (tree.dir.parent / "nowhere").exists()
     assert not tree.journal()
+
+
+@pytest.fixture
+def bound(tree: Rig) -> Iterator[tuple[Rig, Path]]:
+    """The tree, and the same directory by another name (mount --bind)."""
+    place = tree.dir.parent / "bound"
+    place.mkdir()
+    subprocess.run(["mount", "--bind", str(tree.dir), str(place)], check=True)
+    try:
+        yield tree, place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+        place.rmdir()
+
+
+def test_overlay_that_names_a_layer_through_a_bind_mount_is_named(bound: tuple[Rig, Path]) -> None:
+    """Another path, the same device and inode."""
+    tree, place = bound
+    layer = tree.snapshots()["s3"]["vda"]
+    stranger = overlay_on(place / layer.name, tree.dir.parent / "stranger.qcow2")
+    config = tree.dir.parent / "bound.toml"
+    config.write_text(f'image_roots = ["{tree.dir.parent}"]\n')
+    try:
+        with unchanged(tree):
+            refused(tree, "--config", str(config), "delete", "vm", "s3", "-y", code=6, says="stranger.qcow2")
+    finally:
+        stranger.unlink()
+        config.unlink()
+
+
+def test_own_layers_seen_through_a_bind_mount_are_no_strangers(bound: tuple[Rig, Path]) -> None:
+    """Where the image roots show the directory twice."""
+    tree, place = bound
+    config = tree.dir.parent / "bound.toml"
+    config.write_text(f'image_roots = ["{place}"]\n')
+    tree.ok("--config", str(config), "delete", "vm", "s3", "-y")
+    config.unlink()
+    assert tree.verdict(present="now") == []
 
 
 async def _operate(host: Host, operation: str) -> None:
