@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.bare_qmp import Qmp
-from tests.support.rig import MiB, Rig
+from tests.support.rig import Rig
 
 
 class Cut:
@@ -59,18 +58,6 @@ class Cut:
         self._path.unlink()
         self._real.rename(self._path)
         self._thread.join(10)
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    """A VM that runs its firmware, with two disks."""
-    rig = Rig(tmp_path / "vm", size=8 * MiB, memory="64 MiB")
-    rig.build(guest=False)
-    rig.write(1, 0, MiB)
-    rig.remember("now")
-    rig.ok("start", "vm")
-    yield rig
-    rig.destroy()
 
 
 @pytest.mark.parametrize("memory", ["--memory", "--disk-only"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,6 @@ import pytest
 from tests.support.bare_qmp import Qmp
 from tests.support.refusals import check_error
 from tests.support.rig import Answer, MiB, Rig, process_state, wait_for
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    """A VM that runs its firmware, with two disks."""
-    rig = Rig(tmp_path / "vm", size=8 * MiB, memory="64 MiB")
-    rig.build(guest=False)
-    rig.write(1, 0, MiB)
-    rig.remember("now")
-    rig.ok("start", "vm")
-    yield rig
-    rig.destroy()
 
 
 def written(qmp: Qmp) -> dict[str, str]:
