@@ -70,17 +70,21 @@ class Reserve:
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Let the file have `size` bytes of its own; what gets less is not kept. Raise OSError."""
+    """Let the file have `size` bytes of its own; a new one that gets less is not kept. Raise OSError, DiskchainError.
+
+    One that is there gets what it lacks: the catalog has grown, or a copy of the directory left out the zeroes.
+    """
     with contextlib.suppress(FileNotFoundError):
         status = path.lstat()
-        if status.st_size >= size and status.st_blocks * 512 >= size:
-            return
-        path.unlink()  # the catalog has grown
+        if status.st_size < size or status.st_blocks * 512 < size:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with open(fd, "rb"):
+                os.posix_fallocate(fd, 0, size)
+        return
     fd = files.create_exclusive(path)
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError:
-        path.unlink()
-        raise
-    finally:
-        os.close(fd)
+    with open(fd, "rb"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError:
+            path.unlink()
+            raise

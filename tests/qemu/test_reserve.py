@@ -54,13 +54,15 @@ def test_a_record_larger_than_a_piece_gets_all_that_there_is(full: tuple[Home, S
 
 
 def test_the_reserve_grows_with_the_catalog_and_is_made_whole_again(full: tuple[Home, SmallDisk]) -> None:
-    """With room: pieces that were used, cut short by a kill, or of an older version's one file."""
+    """With room: pieces that were used, are short, lost their blocks in a copy, or are an older version's one file."""
     home, disk = full
     home.reserve.write(home.catalog, b"x" * 1000)
     disk.free()
     pieces = sorted(home.reserve.path.iterdir())
     assert len(pieces) == PIECES - 1
     os.truncate(pieces[0], 100)
+    os.truncate(pieces[1], 0)
+    os.truncate(pieces[1], PIECE)
     home.fill_reserve()
     assert [p.stat().st_blocks * 512 for p in sorted(home.reserve.path.iterdir())] == [PIECE] * PIECES
     home.catalog.write_bytes(b"x" * (PIECE + 1))
