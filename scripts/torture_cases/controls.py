@@ -19,6 +19,7 @@ from scripts.torture_cases.faults import FaultsWorker, ShimTree
 from scripts.torture_cases.shim import FAIL, Shim
 from scripts.torture_cases.tree import EVERY, TreeRig, differing
 from tests.support.console import Console
+from tests.support.counted import count_on
 from tests.support.rig import ROOT, MiB, Rig
 from tests.support.zygote import Zygote
 
@@ -199,8 +200,9 @@ def changed_disks(place: Path) -> Result | None:
             frozen = rig.active()["vda"]
             rig.ok("create", "vm", "s", "--memory")
             rig.ok("stop", "vm", "--force", "-y")
+            other = (count_on(frozen) + 128) % 256  # whatever the guest had counted to
             subprocess.run(
-                ["qemu-io", "-f", "qcow2", "-c", "write -P 7 8 1", str(frozen)], check=True, capture_output=True
+                ["qemu-io", "-f", "qcow2", "-c", f"write -P {other} 8 1", str(frozen)], check=True, capture_output=True
             )
             mark = console.mark()
             rig.ok("revert", "vm", "s", "--discard", "-y")
