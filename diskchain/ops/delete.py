@@ -123,8 +123,7 @@ async def carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
     except (Unfinished, Busy, VMRunning, ChainDamaged, HostileImage):
         raise
     except (DiskchainError, OSError) as error:
-        text = error.message if isinstance(error, DiskchainError) else str(error)
-        raise Unfinished(f"the delete stopped: {text}; nothing is lost",
+        raise Unfinished(f"the delete stopped: {error}; nothing is lost",
                          hint=f"put right the cause, then: diskchain recover {vm.name}") from error  # fmt: skip
 
 
@@ -235,8 +234,7 @@ async def _merge_all(vm: VM, entry: Entry, deletion: Deletion, guard: ImageGuard
         entry.data["unclean"] = True
         with contextlib.suppress(DiskchainError):
             entry.note()
-        text = error.message if isinstance(error, DiskchainError) else str(error)
-        raise Unfinished(f"the merge stopped: {text}; nothing is lost",
+        raise Unfinished(f"the merge stopped: {error}; nothing is lost",
                          hint=f"put right the cause, then: diskchain recover {vm.name}") from error  # fmt: skip
     return merged
 

@@ -351,6 +351,5 @@ def _told(host: Host, name: str, done: str) -> Iterator[None]:
     except (DiskchainError, OSError) as error:
         if _known(host.machines, name) == before:
             raise
-        what = error.message if isinstance(error, DiskchainError) else str(error)
-        raise Unfinished(f"{what}; {name} was {done}, and that may be lost when the power goes",
+        raise Unfinished(f"{error}; {name} was {done}, and that may be lost when the power goes",
                          hint="put right the disk, then look at it: diskchain machine list") from error  # fmt: skip

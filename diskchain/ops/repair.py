@@ -122,7 +122,6 @@ async def resume(vm: VM, entry: Entry) -> tuple[str, str]:
         await redo(vm, entry)
     except (DiskchainError, OSError) as error:
         entry.close()
-        text = error.message if isinstance(error, DiskchainError) else str(error)
-        return "undone", f"it can't be done any more ({text}); diskchain check {vm.name} says how it is"
+        return "undone", f"it can't be done any more ({error}); diskchain check {vm.name} says how it is"
     entry.close()
     return "finished", "it is put right"

@@ -72,8 +72,7 @@ class VM:
         except (DiskchainError, OSError) as error:
             if journal.is_open(self.home) or not catalog_store.may_be(self.home, catalog):
                 raise
-            what = error.message if isinstance(error, DiskchainError) else str(error)
-            raise Unfinished(f"{what}; the change was made, and may be lost when the power goes",
+            raise Unfinished(f"{error}; the change was made, and may be lost when the power goes",
                              hint=f"put right the disk, then look at it: diskchain list {self.name}") from error  # fmt: skip
         self.catalog = catalog
 

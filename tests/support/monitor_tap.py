@@ -1,4 +1,5 @@
-"""A proxy between a libvirtd and the monitor of a QEMU: sees each command, and can do something as soon as it was sent.
+"""A proxy between a libvirtd, or diskchain, and the monitor of a QEMU: sees each command, and can do something as soon as
+it was sent.
 
 With it a daemon is killed at an exact place: after QEMU got a command, before the daemon saw the answer.
 """

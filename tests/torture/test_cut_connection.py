@@ -10,54 +10,30 @@ from pathlib import Path
 import pytest
 
 from tests.support.bare_qmp import Qmp
+from tests.support.monitor_tap import MonitorTap
 from tests.support.rig import Rig
 
 
-class Cut:
-    """In the place of a QMP socket: passes all on but for the answer to the command whose last byte comes alone.
+class Cut(MonitorTap):
+    """Passes all on but for the answer to the command whose last byte comes alone; then the connection is closed.
 
-    `reaches`: whether that byte gets to QEMU. The real socket is back at the end.
+    `reaches`: whether that byte gets to QEMU.
     """
 
     def __init__(self, path: Path, *, reaches: bool) -> None:
-        self._path, self._real, self._reaches = path, path.with_name("s"), reaches
-        self.cut = threading.Event()
-        path.rename(self._real)
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(str(path))
-        self._listening.listen(1)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
+        self._reaches, self.cut = reaches, threading.Event()
+        super().__init__(path)
 
-    def _serve(self) -> None:
-        with contextlib.suppress(OSError):
-            client, _ = self._listening.accept()
-            with client, socket.socket(socket.AF_UNIX) as qemu:
-                qemu.connect(str(self._real))
-                back = threading.Thread(target=self._answers, args=(qemu, client), daemon=True)
-                back.start()
-                while (data := client.recv(1 << 16)) not in (b"", b"}"):
-                    qemu.sendall(data)
-                if data == b"}":
-                    self.cut.set()
-                    if self._reaches:
-                        qemu.sendall(data)
-                        back.join(30)
-                client.shutdown(socket.SHUT_RDWR)
-
-    def _answers(self, qemu: socket.socket, client: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := qemu.recv(1 << 16):
-                if self.cut.is_set():
-                    return
-                client.sendall(data)
-
-    def close(self) -> None:
-        """Give the real socket back."""
-        self._listening.close()
-        self._path.unlink()
-        self._real.rename(self._path)
-        self._thread.join(10)
+    def _forward(self, client: socket.socket, qemu: socket.socket) -> None:
+        while (data := client.recv(1 << 16)) not in (b"", b"}"):
+            qemu.sendall(data)
+        if data:
+            self.cut.set()
+            self._muted = True
+            self._answered.clear()
+            if self._reaches:
+                qemu.sendall(data)
+                self._answered.wait(30)
 
 
 @pytest.mark.parametrize("memory", ["--memory", "--disk-only"])
