@@ -21,7 +21,7 @@ from tests.support.domain import DomainRig
 from tests.support.libvirtd import Libvirtd
 from tests.support.monitor_tap import MonitorTap
 from tests.support.refusals import refused
-from tests.support.rig import process_state, wait_for
+from tests.support.rig import has_ended, wait_for
 from tests.support.sample import some
 
 Make = Callable[..., DomainRig]
@@ -94,7 +94,7 @@ def test_libvirtd_and_qemu_killed_when_it_had_switched_what_the_guest_wrote_is_k
     def end_qemu_which_had_written() -> None:
         assert pid
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
+        wait_for(lambda: has_ended(pid), "QEMU is gone")
         command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", str(rig.active()["vda"])]
         subprocess.run(command, check=True, capture_output=True)
         rig.expected["now"] = {t: rig.digest(p) for t, p in rig.active().items()}

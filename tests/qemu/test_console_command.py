@@ -124,10 +124,12 @@ def test_pipe_sends_its_input_and_ends_after_it(shell: Rig) -> None:
     """Bytes as they are (no key leaves); the answer is seen; a file as input; nothing at all as input; JSON."""
     answer = console(shell, "console", "vm", input_=b"echo 'a\x1db' | tr '\\035' '-'\n")
     assert answer.returncode == 0 and b"a-b" in answer.stdout and answer.stderr == b""
-    with (shell.dir / "vm.toml").open("rb") as file:
+    script = shell.dir / "script"
+    script.write_text("echo from-a-$((40+2))-file\n")
+    with script.open("rb") as file:
         argv = [sys.executable, "-m", "diskchain", "console", "vm"]
         done = subprocess.run(argv, env=shell.env, stdin=file, capture_output=True, timeout=120, check=False)
-    assert done.returncode == 0 and b"memory = " in done.stdout
+    assert done.returncode == 0 and b"from-a-42-file" in done.stdout
     said = shell.ok("console", "vm", "--json", "--linger", "100ms").json
     assert (said["vm"], said["ended"]) == ("vm", "input")
 

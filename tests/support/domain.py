@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.support.guest import boot_words, guest_files
 from tests.support.libvirtd import Libvirtd
-from tests.support.rig import Rig, process_state, wait_for
+from tests.support.rig import Rig, has_ended, wait_for
 
 _ON = ("running", "paused", "idle", "in shutdown")  # what is undefined then is a transient domain for a moment
 
@@ -146,14 +146,14 @@ class DomainRig(Rig):
             pid = int(path.read_text())
         except (OSError, ValueError):
             return None
-        return pid if process_state(pid) not in ("", "Z", "X") else None
+        return pid if not has_ended(pid) else None
 
     def destroy(self) -> None:
         """End the domain, undefine it, remove everything."""
         pid = self.pid()
         if pid:
             os.kill(pid, 9)
-            wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
+            wait_for(lambda: has_ended(pid), "QEMU is gone")
             wait_for(lambda: self.virsh("domstate", self.name, ok=False) not in _ON, "libvirt knows it")
         self.virsh("undefine", self.name, "--snapshots-metadata", "--managed-save", "--keep-nvram", ok=False)
         subprocess.run(["rm", "-rf", str(self.run_dir), str(self.dir)], check=True)

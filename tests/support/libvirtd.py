@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.support.rig import ROOT, process_state
+from tests.support.rig import ROOT, has_ended
 
 PARTS = {"etc": "/etc/libvirt", "lib": "/var/lib/libvirt", "run": "/run/libvirt", "log": "/var/log/libvirt"}
 CACHE = "/var/cache/libvirt"
@@ -111,6 +111,6 @@ class Libvirtd:
         self.stop()
         for path in (self.dir / "run").glob("qemu/*.pid"):
             pid = int(path.read_text())
-            if process_state(pid) not in ("", "Z", "X"):
+            if not has_ended(pid):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.dir, ignore_errors=True)

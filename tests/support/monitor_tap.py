@@ -6,6 +6,7 @@ With it a daemon is killed at an exact place: after QEMU got a command, before t
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Callable
@@ -70,9 +71,12 @@ class MonitorTap:
                 return
 
     def _copy_back(self, qemu: socket.socket, client: socket.socket) -> None:
+        line = b""
         with suppress(OSError):
             while data := qemu.recv(1 << 20):
-                self._answered.set()
+                *whole, line = (line + data).split(b"\n")
+                if any(not json.loads(said).keys().isdisjoint({"return", "error"}) for said in whole):  # not an event
+                    self._answered.set()
                 if not self._muted:
                     client.sendall(data)
             client.shutdown(socket.SHUT_WR)

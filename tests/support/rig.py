@@ -190,7 +190,7 @@ class Rig:
         """The machine's QEMU, found by its own pid file."""
         for path in self.run_dir.glob("*/pid"):
             pid = int(path.read_text())
-            if process_state(pid) not in ("", "Z", "X"):
+            if not has_ended(pid):
                 return pid
         return None
 
@@ -293,7 +293,7 @@ class Rig:
         pid = self.pid()
         if pid:
             os.kill(pid, signal.SIGKILL)
-            wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
+            wait_for(lambda: has_ended(pid), "QEMU is gone")
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.rmtree(self.dir, ignore_errors=True)
 
@@ -304,6 +304,16 @@ def process_state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return ""
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process has ended with all its threads: a killed one whose first thread is a zombie still holds its locks."""
+    try:
+        return process_state(pid) in ("", "X") or (
+            process_state(pid) == "Z" and len(os.listdir(f"/proc/{pid}/task")) <= 1
+        )
+    except OSError:
+        return True
 
 
 def wait_for(condition: Any, what: str, timeout: float = 60) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.console import Console
-from tests.support.rig import Rig, process_state, wait_for
+from tests.support.rig import Rig, has_ended, wait_for
 
 UEFI = 'firmware = "uefi"'
 TPM = "tpm = true"
@@ -74,7 +74,7 @@ def kill_swtpm(rig: Rig) -> None:
     """SIGKILL the TPM."""
     (pid,) = swtpms(rig)
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: process_state(pid) in ("", "Z", "X"), "swtpm is gone")
+    wait_for(lambda: has_ended(pid), "swtpm is gone")
 
 
 def describe(directory: Path, name: str, code: Path, template: Path, **changes: Any) -> None:
