@@ -48,6 +48,7 @@ class Pull:
     gone: tuple[Image, ...]
     overlays: tuple[Image, ...]
     below: Image | None
+    beneath: tuple[Image, ...] = ()  # what `gone` stands on until then, all of it, top first
     method: str = "stream"
 
 
@@ -157,6 +158,12 @@ def plan_all(catalog: Catalog, wanted: Sequence[str], *, data: bool = True, copy
         catalog = after(catalog, found[-1]) if found else catalog
         found.append(plan_copy(catalog, snapshot_id))
     return found
+
+
+def with_survivors(folds: Sequence[Fold], pulls: Sequence[Pull]) -> list[Pull]:
+    """Return the pulls with what their overlays stand on once the folds of the same deletion are done."""
+    into = {layer.id: fold.into for fold in folds for layer in fold.gone}
+    return [replace(p, below=into.get(p.below.id, p.below)) if p.below else p for p in pulls]
 
 
 def after(catalog: Catalog, deletion: Deletion) -> Catalog:
@@ -272,7 +279,7 @@ def _merges(catalog: Catalog, going: set[str], leaves: Sequence[str]) -> tuple[l
         else:  # somebody else's overlay is never unlinked: the layers below go up into it
             base = catalog.images[image.backing] if image.backing else None
             pulls.append(Pull(top.target, (*through, image), (top,), base))
-    return folds, pulls
+    return folds, with_survivors(folds, pulls)
 
 
 def _upwards(catalog: Catalog, image: Image, run: set[str], leaves: Sequence[str]) -> Iterator[Image]:

@@ -99,9 +99,15 @@ def holder_operation(path: Path) -> str | None:
 class ImageGuard:
     """Keeps every other user off some images. Its descriptors can be passed to an engine, and outlive us there."""
 
-    def __init__(self, fds: Sequence[int], paths: Sequence[Path]) -> None:
+    def __init__(self, fds: Sequence[int], paths: Sequence[Path], *, alone: int) -> None:
+        """`alone`: how many of the paths, from the first, no other may even read; the rest is kept from writers only."""
         self.fds = tuple(fds)
         self._at = dict(zip(paths, fds, strict=True))
+        self._alone = frozenset(paths[:alone])
+
+    def is_alone_on(self, path: Path) -> bool:
+        """Whether nobody else may open the image, an engine of ours with QEMU's own locks included."""
+        return path in self._alone
 
     def sync(self, path: Path) -> None:
         """fsync an image of ours through the descriptor that was open before the work began.
@@ -140,7 +146,7 @@ def guard_images(paths: Sequence[Path], *, wait: float, users: Callable[[Path], 
             _lock_within(fd, path, wait, users, _keep_writers_off if path in readers else _keep_all_off)
         for fd in fds[: len(paths)]:
             _set_locks(fd, fcntl.F_RDLCK)
-        yield ImageGuard(fds, (*paths, *readers))
+        yield ImageGuard(fds, (*paths, *readers), alone=len(paths))
 
 
 def _keep_all_off(fd: int) -> None:

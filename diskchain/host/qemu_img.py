@@ -50,20 +50,14 @@ def unlocked(path: Path, fmt: str, backing: dict[str, Any] | None = None) -> dic
 
 
 def read_only(path: Path, fmt: str, backing: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the block node of an image below those that we guard: only read, with QEMU's own locks."""
-    node: dict[str, Any] = {"driver": fmt, "read-only": True, "file": {"driver": "file", "filename": str(path)}}
-    if fmt == "qcow2":
-        node["backing"] = backing
-    return node
-
-
-def as_named(path: Path, fmt: str) -> dict[str, Any]:
-    """As `read_only`, on what its header names."""
-    return {"driver": fmt, "read-only": True, "file": {"driver": "file", "filename": str(path)}}
+    """Return the block node of an image that is only read, with QEMU's own locks."""
+    return {**unlocked(path, fmt, backing), "read-only": True, "file": {"driver": "file", "filename": str(path)}}
 
 
 def unlocked_chain(images: Sequence[tuple[Path, str]]) -> dict[str, Any]:
-    """Return the node of a chain, top first, whose images we all guard; names come from the headers (so -b finds them)."""
+    """Return the node of a chain, top first, whose images we all guard; names come from the headers (so -b finds them:
+    but only the lowest of these, one with options for what is below itself has no plain name any more).
+    """
     off: dict[str, Any] = {"locking": "off"}
     backing: dict[str, Any] = {"file": off}
     for _ in images[2:]:
@@ -186,7 +180,7 @@ async def _run_to_the_last_word(
 
 
 async def copy_up(
-    overlay: Path,
+    overlay: dict[str, Any],
     parts: Iterable[tuple[int, int]],
     *,
     direct: bool,
@@ -194,14 +188,14 @@ async def copy_up(
     on_bytes: Callable[[int], None],
     pace: Pace = AS_FAST_AS_IT_CAN,
 ) -> None:
-    """Copy parts, (start, end), of what an overlay shows from below into the overlay itself; its reference stays.
+    """Copy parts, (start, end), of what an overlay (a node) shows from below into itself; its reference stays.
 
     QEMU's copy-on-read, as its own streaming does it: what the overlay holds is left alone, and killed at any time it
     shows the same. (`qemu-img rebase` flushes every run of sectors that are not zero, or would have to be trusted to
     write its new reference after the data; facts.md.) The caller syncs, checks, and changes the reference. Raise ToolFailed.
     """
-    group, file = _throttled(unlocked(overlay, "qcow2")["file"], pace)
-    argv = ["qemu-io", *group, "-C", "-t", "none" if direct else "writeback", _json({"driver": "qcow2", "file": file})]
+    group, file = _throttled(overlay["file"], pace)
+    argv = ["qemu-io", *group, "-C", "-t", "none" if direct else "writeback", _json({**overlay, "file": file})]
     heard = _Copied(on_bytes)
     with open_memory(_commands(parts)) as commands:
         result = await run(

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diskchain.chain.deletion import Deletion, Fold, Pull, moved, without_snapshots
+from diskchain.chain.deletion import Deletion, Fold, Pull, moved, with_survivors, without_snapshots
 from diskchain.chain.model import Catalog, Image, Memory
 from diskchain.errors import Busy, ChainDamaged, DiskchainError, HostileImage, Unfinished, VMRunning
 from diskchain.host import files, locks, qemu_img
@@ -92,11 +92,12 @@ def of_entry(catalog: Catalog, entry: Entry) -> Deletion:
     ]  # fmt: skip
     pulls = [
         Pull(p["target"], _known(catalog, p["gone"]), _known(catalog, p["overlays"]),
-             images[p["below"]] if p["below"] else None)
+             images[p["below"]] if p["below"] else None, tuple(catalog.chain(p["gone"][-1])[1:]))
         for p in data.get("pulls", []) if p["gone"][0] in images
     ]  # fmt: skip
     unlinks = _known(catalog, [u["id"] for u in data["unlinks"]])
     waits = tuple(catalog.snapshots[i] for i in data.get("waits", []) if i in catalog.snapshots)
+    pulls = with_survivors(folds, pulls)
     return Deletion(tuple(snapshots), tuple(folds), tuple(pulls), unlinks, _known(catalog, data["kept"]), waits)
 
 
@@ -177,18 +178,23 @@ def _tombstone(vm: VM, entry: Entry) -> None:
 
 
 def _written(deletion: Deletion) -> list[Path]:
-    """The layers that we alone may use: each fold's `into` and what goes, each pull's overlays."""
-    paths = [i.path for fold in deletion.folds for i in (fold.into, *fold.gone)]
-    return paths + [o.path for pull in deletion.pulls for o in pull.overlays]
+    """The layers that we alone may use: each fold's `into`, what goes, and what then names `into`; each pull's overlays.
+
+    One can be more than one of these: what is left between two layers that go is an overlay here, the next `into` there.
+    """
+    paths = [i.path for fold in deletion.folds for i in (fold.into, *fold.gone, *fold.overlays)]
+    return list(dict.fromkeys(paths + [o.path for pull in deletion.pulls for o in pull.overlays]))
 
 
 def _read(deletion: Deletion) -> list[Path]:
     """The layers that nobody else may write: what pulls read from."""
-    return [i.path for pull in deletion.pulls for i in pull.gone]
+    return list(dict.fromkeys(i.path for pull in deletion.pulls for i in pull.gone))
 
 
 def _guarded(deletion: Deletion) -> contextlib.AbstractContextManager[ImageGuard]:
-    return locks.guard_images(_written(deletion), wait=locks.GUARD_WAIT, users=locks.open_by, readers=_read(deletion))
+    written = _written(deletion)
+    readers = [path for path in _read(deletion) if path not in written]
+    return locks.guard_images(written, wait=locks.GUARD_WAIT, users=locks.open_by, readers=readers)
 
 
 async def _move_all(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
@@ -258,7 +264,7 @@ async def _relink_all(vm: VM, entry: Entry, guard: ImageGuard) -> None:
     deletion = of_entry(vm.catalog, entry)
     for fold in deletion.folds:
         for overlay in fold.overlays:
-            await _relink(overlay, fold.into)
+            await _relink(overlay, fold.into, guard)
             point("delete.relinked-one")
     for pull in deletion.pulls:
         for overlay in pull.overlays:
@@ -269,11 +275,11 @@ async def _relink_all(vm: VM, entry: Entry, guard: ImageGuard) -> None:
     point("delete.aligned")
 
 
-async def _relink(overlay: Image, into: Image) -> None:
+async def _relink(overlay: Image, into: Image, guard: ImageGuard) -> None:
     if not layers.names_backing(overlay.path, into):
         name = qemu_img.backing_name_for(overlay.path, into.path)
-        await qemu_img.rebase(overlay.path, name, into.fmt)
-        files.fsync_file(overlay.path)
+        await qemu_img.rebase_node(qemu_img.unlocked(overlay.path, overlay.fmt), name, into.fmt)
+        guard.sync(overlay.path)
     layers.verify_reference(overlay, into)
 
 
@@ -283,6 +289,7 @@ def _forget_layers(vm: VM, entry: Entry) -> None:
     catalog = without_snapshots(moved(vm.catalog, deletion), _snapshot_ids(entry))
     changed = {f.into.id for f in deletion.folds} | {d.id for f in deletion.folds for d in f.overlays}
     changed |= {d.id for p in deletion.pulls for d in p.overlays}
+    changed &= catalog.images.keys()  # an overlay of one merge can be what goes in another
     active = set(catalog.active.values())
     catalog = layers.freeze(catalog, changed - active)
     catalog = catalog.with_images(replace(catalog.images[i], fingerprint=None) for i in changed & active)

@@ -77,7 +77,7 @@ async def fold(
     whole in every case.
     """
     began = time.monotonic()
-    into, gone = _nodes(fold)
+    into, gone = _nodes(fold, guard)
     direct = unclean and supports_direct(fold.into.path)
     if unclean:
         await make_whole(fold, guard)
@@ -109,20 +109,26 @@ async def _move(fold: Fold, method: str, unclean: bool, guard: ImageGuard, tell:
     instant `into` differs from before only where one of the layers hides it.
     """
     direct = (unclean or pace.idle) and supports_direct(fold.into.path)
-    into, gone = _nodes(fold)
-    if method == "commit":
+    into, gone = _nodes(fold, guard)
+    if method == "commit" and fold.through and not any(guard.is_alone_on(i.path) for i in fold.below):
         size = sum(files.allocated_bytes(i.path) for i in fold.gone)
-        base = fold.into.path if fold.through else None
-        node = qemu_img.unlocked_chain([(i.path, i.fmt) for i in (*fold.gone, fold.into)]) if base else gone[0]
+        node = qemu_img.unlocked_chain([(i.path, i.fmt) for i in (*fold.gone, fold.into)])
         await qemu_img.commit(
-            node, base=base, direct=direct, guard=guard.fds, on_percent=_bytes(tell, 0, size), pace=pace
+            node, base=fold.into.path, direct=direct, guard=guard.fds, on_percent=_bytes(tell, 0, size), pace=pace
         )
         return
     done = 0
     for image, node in reversed(list(zip(fold.gone, gone, strict=True))):
         size = files.allocated_bytes(image.path)
-        await qemu_img.convert_into(node, into, clone=method == "clone", direct=direct, guard=guard.fds,
-                                    on_percent=_bytes(tell, done, size), pace=pace)  # fmt: skip
+        heard = _bytes(tell, done, size)
+        if (
+            method == "commit"
+        ):  # of several into one whose own backing files we hold, too: QEMU does not find it by name
+            on_it = qemu_img.unlocked(image.path, image.fmt, into)
+            await qemu_img.commit(on_it, direct=direct, guard=guard.fds, on_percent=heard, pace=pace)
+        else:
+            await qemu_img.convert_into(node, into, clone=method == "clone", direct=direct, guard=guard.fds,
+                                        on_percent=heard, pace=pace)  # fmt: skip
         done += size
         point("merge.layer-moved")
 
@@ -192,13 +198,14 @@ async def pull(
     progress.begin(f"merging {pull.target}", size, note="safe to interrupt")
     try:
         point("merge.committing")
-        await qemu_img.copy_up(overlay.path, _not_up_yet(pull, overlay), direct=around, guard=guard.fds,
+        node = _on(overlay, (*pull.gone, *pull.beneath), guard)
+        await qemu_img.copy_up(node, _not_up_yet(pull, overlay), direct=around, guard=guard.fds,
                                on_bytes=progress.update, pace=pace)  # fmt: skip
     finally:
         progress.end()
     point("merge.committed")
     await _require_durable_and_sound(overlay, guard, direct=direct)
-    await _require_all_up(pull, overlay, compare=unclean, direct=direct)
+    await _require_all_up(pull, overlay, guard, compare=unclean, direct=direct)
     seconds = round(time.monotonic() - began, 3)
     return Merged(pull.target, str(pull.gone[0].path), str(overlay.path), size, seconds, pull.method)
 
@@ -207,23 +214,30 @@ def _not_up_yet(pull: Pull, overlay: Image) -> Iterator[tuple[int, int]]:
     return missing_runs([held(i) for i in pull.gone], allocated(overlay.path))
 
 
-async def _require_all_up(pull: Pull, overlay: Image, *, compare: bool, direct: bool) -> None:
+async def _require_all_up(pull: Pull, overlay: Image, guard: ImageGuard, *, compare: bool, direct: bool) -> None:
     """Read the overlay's tables: it holds all that the layers that go hold. Where they can't tell, or after what did not
     end well, compare what it shows on the layers that go and without them. Raise ChainDamaged.
     """
     if compare or has_subclusters(allocated(overlay.path)):
-        lower = (pull.below,) if pull.below else ()
-        await qemu_img.compare(_on(overlay, (*pull.gone, *lower)), _on(overlay, lower), direct=direct)
+        with_them = _on(overlay, (*pull.gone, *pull.beneath), guard)
+        await qemu_img.compare(with_them, _on(overlay, pull.beneath, guard), direct=direct)
     elif any(True for _ in _not_up_yet(pull, overlay)):
         raise ChainDamaged(f"{overlay.path} does not hold all that was copied into it")
 
 
-def _on(overlay: Image, below: Sequence[Image]) -> dict[str, Any]:
-    """An overlay as a node on these; what the last of them stands on, its header says."""
+def _on(overlay: Image, below: Sequence[Image], guard: ImageGuard) -> dict[str, Any]:
+    """An overlay as a node on these, the top of them first, and on nothing else."""
+    return qemu_img.unlocked(overlay.path, overlay.fmt, _below(below, guard))
+
+
+def _below(images: Sequence[Image], guard: ImageGuard) -> dict[str, Any] | None:
+    """A chain that is only read, top first, as a node. Another merge of the same deletion may hold some of it alone."""
     node: dict[str, Any] | None = None
-    for image in reversed(below):
-        node = qemu_img.read_only(image.path, image.fmt, node) if node else qemu_img.as_named(image.path, image.fmt)
-    return qemu_img.unlocked(overlay.path, overlay.fmt, node)
+    for image in reversed(images):
+        node = qemu_img.read_only(image.path, image.fmt, node)
+        if guard.is_alone_on(image.path):
+            node["file"]["locking"] = "off"
+    return node
 
 
 async def put_back(pull: Pull, overlay: Image, guard: ImageGuard) -> None:
@@ -254,16 +268,13 @@ async def _stand_on(overlay: Image, below: Image, guard: ImageGuard) -> None:
     layers.verify_reference(overlay, below)
 
 
-def _nodes(fold: Fold) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _nodes(fold: Fold, guard: ImageGuard) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """`into` and what goes (top first) as nodes under our guard, on what is below them.
 
     `into` needs its own backing files: where its clusters are larger than the overlay's, what is written is less than
     a cluster, and QEMU fills the rest from below.
     """
-    below: dict[str, Any] | None = None
-    for image in reversed(fold.below):
-        below = qemu_img.read_only(image.path, image.fmt, below)
-    into = top = qemu_img.unlocked(fold.into.path, fold.into.fmt, below)
+    into = top = qemu_img.unlocked(fold.into.path, fold.into.fmt, _below(fold.below, guard))
     gone: list[dict[str, Any]] = []
     for image in reversed(fold.gone):
         top = qemu_img.unlocked(image.path, image.fmt, top)

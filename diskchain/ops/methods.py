@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from diskchain.chain.allocation import Allocation, held_bytes, mean_run, union
-from diskchain.chain.deletion import Deletion, Fold, Pull
+from diskchain.chain.deletion import Deletion, Fold, Pull, with_survivors
 from diskchain.chain.model import Catalog, Image, KiB, MiB
 from diskchain.host import probe
 from diskchain.ops import delete_plan, merge
@@ -46,7 +46,7 @@ def choose(deletion: Deletion) -> Deletion:
             pulls.append(upwards)
         else:
             folds.append(replace(fold, method=_method(fold)))
-    return replace(deletion, folds=tuple(folds), pulls=tuple(pulls))
+    return replace(deletion, folds=tuple(folds), pulls=tuple(with_survivors(folds, pulls)))
 
 
 def _method(fold: Fold) -> str:

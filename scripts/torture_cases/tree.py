@@ -85,7 +85,7 @@ class Tree:
         self.rig = self.make_rig(place / "vm")
         self.rig.prepare(place, zygote, env)
         grow(self.rig)
-        self._templates: dict[tuple[str, ...], Path] = {(): self.rig.save_template()}
+        self._templates: dict[tuple[tuple[str, ...], ...], Path] = {(): self.rig.save_template()}
         self._usual: dict[str, float] = {}
 
     def make_rig(self, place: Path) -> TreeRig:
@@ -96,8 +96,9 @@ class Tree:
         """Put everything back as it is before the case's command."""
         if case.before not in self._templates:
             self.rig.restore_template(self._templates[()])
-            self.rig.ok(*case.before)
-            self._templates[case.before] = self.rig.save_template("template-" + "-".join(case.before))
+            for command in case.before:
+                self.rig.ok(*command)
+            self._templates[case.before] = self.rig.save_template(f"template-{len(self._templates)}")
         self.rig.restore_template(self._templates[case.before])
 
     def usual_time(self, name: str) -> float:
@@ -157,7 +158,7 @@ class DomainTree(Tree):
     def __init__(self, place: Path, zygote: Zygote) -> None:
         self.daemon = Libvirtd()
         self.daemon.start()
-        self._xml: dict[tuple[str, ...], str] = {}
+        self._xml: dict[tuple[tuple[str, ...], ...], str] = {}
         super().__init__(place, zygote)
 
     def make_rig(self, place: Path) -> TreeRig:

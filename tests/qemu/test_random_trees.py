@@ -56,7 +56,7 @@ class Tree:
 
     def delete(self, names: list[str]) -> str:
         """Delete some, somehow."""
-        some, way = self.rng.sample(names, self.rng.randrange(1, 3)), self.rng.choice(WAYS)
+        some, way = self.rng.sample(names, self.rng.randrange(1, min(len(names), 5))), self.rng.choice(WAYS)
         self.rig.ok("delete", "vm", *some, *way, "-y")
         assert not set(some) & set(self.rig.snapshots())
         return f"delete {some} {way}"
@@ -73,6 +73,7 @@ def test_random_operations_keep_every_state_that_is_left(tmp_path: Path, seed: i
     """At the end the line is accepted: one layer for each disk."""
     tree, done = Tree(tmp_path, seed), []
     try:
+        done += [tree.create([]) for _ in range(5)]
         for _ in range(STEPS):
             done.append(tree.step())
             assert tree.wrong() == [], "\n".join(done)

@@ -18,7 +18,7 @@ class Case:
     done: tuple[str, ...] = ()  # names that exist only when it was done
     gone: tuple[str, ...] = ()  # names that exist only when it was undone
     let_go: tuple[str, ...] = ()  # files that are not ours, and that nothing of ours stands on any more
-    before: tuple[str, ...] = ()  # a command that makes its situation
+    before: tuple[tuple[str, ...], ...] = ()  # commands that make its situation
 
 
 # s1 - s2 - before-revert-1
@@ -47,15 +47,22 @@ CASES = {
 _LATER = ("delete", "vm", "s3", "--when-stopped", "-y")
 ALSO = {  # fault points are few here; a kill can fall anywhere all the same
     "delete-later": Case(_LATER, ("now",), 0, gone=("s3",)),
-    "undelete": Case(("undelete", "vm", "s3"), ("now",), 0, done=("s3",), before=_LATER),
-    "merge": Case(("merge", "vm"), ("now",), 0, before=_LATER),
+    "undelete": Case(("undelete", "vm", "s3"), ("now",), 0, done=("s3",), before=(_LATER,)),
+    "merge": Case(("merge", "vm"), ("now",), 0, before=(_LATER,)),
+    "delete-gap": Case(  # s4 stays: what is left between is an overlay of one merge, and takes the other's data
+        ("delete", "vm", "s3", "s5", "-y"),
+        ("now",),
+        0,
+        gone=("s3", "s5"),
+        before=(("create", "vm", "s4"), ("create", "vm", "s5")),
+    ),
 }
 
 
 def grow(rig: Rig) -> None:
     """Make the tree, and say what it holds after each command."""
     grow_tree(rig)
-    rig.expected["s4"] = rig.expected["before-revert-2"] = rig.expected["now"]
+    rig.expected["s4"] = rig.expected["s5"] = rig.expected["before-revert-2"] = rig.expected["now"]
     rig.expected["mix"] = {"vda": rig.expected["now"]["vda"], "vdb": rig.expected["s2"]["vdb"]}
 
 

@@ -277,3 +277,16 @@ def test_a_layer_that_is_not_ours_takes_what_is_below_it_instead_of_being_unlink
     deletion = plan_deletion(catalog, ["s0"])
     assert not deletion.folds and [i.id for i in deletion.pulls[0].gone] == ["l0"]
     assert [i.id for i in deletion.pulls[0].overlays] == ["l1"] and deletion.pulls[0].below is None
+
+
+def test_what_goes_up_stands_on_what_took_the_layer_below_it() -> None:
+    """s0 goes down into its own layer, s2 up into somebody's: that stood on what s0's merge takes away."""
+    line = [Image(f"l{n}", Path(f"/l{n}"), "qcow2", "vda", 1, f"l{n - 1}" if n else None, ours=True) for n in range(4)]
+    catalog = Catalog("u", "vm", targets=("vda",)).with_images([*line[:3], replace(line[3], ours=False)])
+    for n in range(3):
+        catalog = catalog.with_snapshot(Snapshot(f"s{n}", f"s{n}", "", f"s{n - 1}" if n else None, {"vda": f"l{n}"}))
+    catalog = replace(catalog, active={"vda": "l3"}, current="s2")
+    deletion = plan_deletion(catalog, ["s0", "s2"])
+    assert [(f.top.id, f.into.id) for f in deletion.folds] == [("l1", "l0")]
+    assert [(p.gone[0].id, p.below.id if p.below else None) for p in deletion.pulls] == [("l2", "l0")]
+    assert after(catalog, deletion).images["l3"].backing == "l0"

@@ -41,13 +41,14 @@ def test_convert_that_loses_its_tables_at_the_end_has_failed(tmp_path: Path) -> 
 def test_copy_up_copies_what_is_missing_and_tells_of_what_failed(tmp_path: Path) -> None:
     """The reference stays; without it the overlay shows what was copied, and what it held itself."""
     base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    node = qemu_img.unlocked(top, "qcow2", qemu_img.unlocked(base, "qcow2"))
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", base, "16M"], check=True)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top], check=True)
     for command, image in (("write -P 1 0 8M", base), ("write -P 2 1M 1M", top)):
         subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, image], check=True, stdout=subprocess.DEVNULL)
     copied: list[int] = []
     work = [(0, 1 << 20), (2 << 20, 8 << 20)]
-    asyncio.run(qemu_img.copy_up(top, work, direct=False, guard=(), on_bytes=copied.append))
+    asyncio.run(qemu_img.copy_up(node, work, direct=False, guard=(), on_bytes=copied.append))
     assert copied[-1] == 7 << 20
     before = subprocess.run(["qemu-img", "info", "--output=json", top], check=True, capture_output=True).stdout
     assert json.loads(before)["backing-filename"] == "base.qcow2"
@@ -59,4 +60,4 @@ def test_copy_up_copies_what_is_missing_and_tells_of_what_failed(tmp_path: Path)
     ).stdout
     assert "Pattern" not in said
     with pytest.raises(ToolFailed, match="readv failed: Input/output error"):
-        asyncio.run(qemu_img.copy_up(top, [(15 << 20, 17 << 20)], direct=False, guard=(), on_bytes=copied.append))
+        asyncio.run(qemu_img.copy_up(node, [(15 << 20, 17 << 20)], direct=False, guard=(), on_bytes=copied.append))
