@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diskchain.drivers import domain_xml
 from diskchain.drivers.domain_xml import DomainDisk
 from diskchain.drivers.domains import Domain
 from diskchain.drivers.libvirt_api import translated
+from diskchain.errors import Unreachable
 
 SECURE = libvirt.VIR_DOMAIN_XML_SECURE
 INACTIVE = SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE
@@ -28,8 +30,11 @@ def list_domains(connection: Any) -> list[Domain]:
         raise translated(error, "list the domains") from error
     listed = []
     for domain in found:
-        with contextlib.suppress(libvirt.libvirtError):
+        try:
             listed.append(_listed(connection, domain))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # a domain left out would be one that uses no image
+                raise translated(error, "look at a domain") from error
     return listed
 
 
@@ -59,10 +64,20 @@ def _listed(connection: Any, domain: Any) -> Domain:
     if active and persistent:
         xmls.append(domain.XMLDesc(INACTIVE))
     if saved:
-        with contextlib.suppress(libvirt.libvirtError):
+        with _gone_meanwhile():
             xmls.append(domain.managedSaveGetXMLDesc(0))
     return Domain(str(domain.name()), str(domain.UUIDString()), persistent, active, saved,
                   _snapshots(domain), tuple(map(str, xmls)), resolved(connection, str(xmls[0])))  # fmt: skip
+
+
+@contextlib.contextmanager
+def _gone_meanwhile() -> Iterator[None]:
+    """A saved image may be started from, and be gone, between two questions; a lost connection is something else."""
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        if isinstance(translated(error, "look at a domain"), Unreachable):
+            raise
 
 
 def _snapshots(domain: Any) -> tuple[tuple[str, int], ...]:
