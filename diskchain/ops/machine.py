@@ -165,7 +165,7 @@ def _home_of(host: Host, machine: Machine, known: Registered | None, chains: dic
     if known:
         return Home(known.home)
     first = chains[machine.disks[0].target][0].path
-    taken = {r.machine.uuid for r in host.machines.all()}
+    taken = {other.uuid for other in host.neighbours()}
     for home in homes_near(first):
         catalog = catalog_store.load(home)
         if catalog.uuid not in taken and catalog.image_at(first) and machine.uuid in ("", catalog.uuid):
@@ -294,18 +294,16 @@ def _same(path: Path, image: ApprovedImage) -> bool:
 
 
 def _images_of_others(host: Host, machine: Machine) -> Iterator[tuple[str, Path, bool]]:
-    """Yield the images of all other machines: whose, where, and whether it is an active layer."""
-    for other in host.machines.all():
-        if other.machine.name == machine.name:
+    """Yield the images of all other machines and domains: whose, where, and whether it is an active layer."""
+    for other in host.neighbours():
+        if other.label == f"the machine {machine.name}":
             continue
-        try:
-            catalog = catalog_store.load(Home(other.home))
-        except DiskchainError:
-            yield from ((other.machine.name, Path(d.image), True) for d in other.machine.disks)
-            continue
-        if catalog.uuid != machine.uuid:
-            active = set(catalog.active.values())
-            yield from ((other.machine.name, image.path, image.id in active) for image in catalog.images.values())
+        catalog = Catalog(other.uuid, other.label)
+        with contextlib.suppress(DiskchainError):
+            catalog = catalog_store.load(Home(other.home)) if other.home else catalog
+        active = set(catalog.active.values())
+        yield from ((other.label, image.path, image.id in active) for image in catalog.images.values())
+        yield from ((other.label, path, True) for path in other.disks if not catalog.image_at(path))
 
 
 def _with_chain(catalog: Catalog, target: str, chain: list[ApprovedImage]) -> Catalog:

@@ -168,3 +168,17 @@ def test_hook_refuses_a_domain_on_a_frozen_layer_and_no_other(domain: Make, daem
         daemon.stop()
         daemon.start()
     assert Path(base).is_file()
+
+
+def test_machine_on_a_layer_of_a_domain_is_refused(domain: Make) -> None:
+    """Its base, its active layer, wherever its records are, and before there are any; they are not taken over either."""
+    rig = domain(guest=False, size=16 * MiB)
+    base = rig.active()["vda"]
+    refused(rig, "machine", "import", "evil", "--disk", f"{base},format=qcow2", code=6, says="the domain vm")
+    (rig.dir / "elsewhere").mkdir()
+    rig.ok("create", "vm", "s0", "--disk-only", "--overlay-dir", str(rig.dir / "elsewhere"))
+    records = list(rig.dir.glob(".diskchain/*"))
+    assert rig.active()["vda"].parent != base.parent
+    error = refused(rig, "machine", "import", "evil", "--disk", f"{base},format=qcow2", code=6, says="the domain vm")
+    assert "copy it" in error["hint"]
+    assert list(rig.dir.glob(".diskchain/*")) == records
