@@ -154,6 +154,12 @@ def stopped_itself(vm: str, failed: Mapping[str, str], volumes: Mapping[str, tup
     return error("paused-critical", vm, evidence, f"{remedy}, then: diskchain resume {vm}")
 
 
+def left_by_save(vm: str) -> Finding:
+    """A VM that a save of its memory stopped."""
+    return error("left-by-save", vm, "it is paused: a save of its memory stopped it, and nobody let it go on; nothing keeps "
+                 "others off its disks", f"diskchain recover {vm}")  # fmt: skip
+
+
 # -- the host ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common, error_json, error_lines
 from diskchain.cli.options import changing_options, jobs_option, maybe_vms_argument, yes_option
 from diskchain.errors import DiskchainError, UsageError
-from diskchain.ops import look, quiesce
+from diskchain.ops import look, quiesce, save_memory
 from diskchain.ops import recover as ops
 from diskchain.ops.vm import Host
 
@@ -88,12 +88,17 @@ async def _recover_all(app: App, host: Host, finish: bool, undo: bool, yes: bool
 
 async def _is_open(host: Host, name: str) -> bool:
     async with host.look(name) as vm:
-        return look.is_unfinished(vm)
+        return look.is_unfinished(vm) or await save_memory.is_left(vm)
 
 
 async def _recover(app: App, host: Host, name: str, finish: bool, undo: bool) -> tuple[dict[str, Any], str]:
     async with host.change(name, "recover") as vm:
         done = await ops.recover(vm, context.progress(app), undo=undo, finish=finish)
+        if done is None and await save_memory.let_go_on_if_left(vm):
+            return {
+                "vm": vm.name,
+                "outcome": "resumed",
+            }, f"{vm.name}: a save of its memory had left it paused; it runs again"
         if done is None and await quiesce.thaw_if_frozen(vm):
             return {"vm": vm.name, "outcome": "thawed"}, f"{vm.name}: its file systems were frozen; they are thawed"
         if done is None:

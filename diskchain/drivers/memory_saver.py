@@ -53,6 +53,16 @@ class MemorySaver:
         """query-migrate."""
         return await migration.progress(await self._commander())
 
+    async def give_up_save(self) -> None:
+        """migrate_cancel, until nothing is at work any more."""
+        monitor = await self._commander()
+        while await migration.give_up_plain(monitor):
+            await asyncio.sleep(0.02)
+
+    async def stopped_by_save(self) -> bool:
+        """QEMU's `postmigrate`."""
+        return await migration.run_state(await self._commander()) == "postmigrate"
+
     async def end_memory_save(self) -> None:
         """Take the capability back."""
         with contextlib.suppress(DiskchainError):

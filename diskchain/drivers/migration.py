@@ -9,6 +9,7 @@ hangs the guest, so it is never cancelled, and the file is preallocated.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import Any, Protocol
 
@@ -73,13 +74,35 @@ async def begin(monitor: Commander, *, background: bool) -> None:
 
 
 async def progress(monitor: Commander) -> SaveProgress:
-    """Return how far the save is."""
+    """Return how far the save is. It is over when the VM can go on: QEMU says `completed` a moment before."""
     answer = await monitor.execute("query-migrate")
     status = answer.get("status", "none")
     ram = answer.get("ram", {})
     known = {"completed": "completed", "failed": "failed", "cancelled": "failed", "none": "failed"}
-    return SaveProgress(known.get(status, "running"), ram.get("total", 0) - ram.get("remaining", 0),
-                        ram.get("total", 0), _why(answer))  # fmt: skip
+    said = known.get(status, "running")
+    if said != "running" and await run_state(monitor) == "finish-migrate":
+        said = "running"
+    return SaveProgress(said, ram.get("total", 0) - ram.get("remaining", 0), ram.get("total", 0), _why(answer))
+
+
+async def run_state(monitor: Commander) -> str:
+    """Return QEMU's own word for what the VM does."""
+    return str((await monitor.execute("query-status"))["status"])
+
+
+async def give_up_plain(monitor: Commander) -> bool:
+    """Cancel a save that would stop the VM as soon as it is over; return whether there was one, which may still be ending.
+
+    That is each one but a background save. Those are left alone: cancelled, they hang the guest of QEMU < 10.
+    """
+    if (await progress(monitor)).status != "running":
+        return False
+    capabilities = await monitor.execute("query-migrate-capabilities")
+    if any(one["capability"] == "background-snapshot" and one["state"] for one in capabilities):
+        return False
+    with contextlib.suppress(DriverFailed):  # it has ended by itself
+        await monitor.execute("migrate_cancel")
+    return True
 
 
 def _why(answer: Any) -> str:

@@ -336,6 +336,18 @@ class Driver(Protocol):
     async def save_progress(self) -> SaveProgress:
         """Return how far the save that was begun last is."""
 
+    async def give_up_save(self) -> None:
+        """End a save that nobody waits for and that would stop the VM once more when it is over (each but one in background).
+
+        It is over afterwards; the VM stands as before the save, or is `stopped_by_save`. Without such a save nothing is done.
+        """
+
+    async def stopped_by_save(self) -> bool:
+        """Whether a VM that is on stands still because a save that came to its end stopped it, and nobody let it go on.
+
+        Its disks are not locked then; `resume` takes them back.
+        """
+
     async def end_memory_save(self) -> None:
         """Put settings back that the save needed."""
 

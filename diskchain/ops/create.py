@@ -86,6 +86,9 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     if state in (VMState.CRITICAL, VMState.CRASHED):
         raise Refused(f"{vm.name} is {state.value}; a snapshot of it would be of no use",
                       hint=f"put right what stopped it, then: diskchain resume {vm.name}")  # fmt: skip
+    if state is VMState.PAUSED and await vm.driver.stopped_by_save():
+        raise Refused(f"{vm.name} was left paused by a save of its memory; it does not hold its disks",
+                      hint=f"diskchain recover {vm.name}")  # fmt: skip
     await vm.driver.refuse("create")
     vm.refresh()
     await _refuse_unsuitable(vm, request.skip)
@@ -401,16 +404,7 @@ async def finish(vm: VM, entry: Entry, snapshot: Snapshot, progress: Progress) -
 
 
 async def settle_power(vm: VM, snapshot: Snapshot) -> None:
-    """After a plain save QEMU has let go of its disks (`postmigrate`): bring the VM back to what it was.
-
-    A VM that was paused runs for about a millisecond on the way; QEMU has no other.
-    """
+    """After a plain save: bring the VM back to what it was."""
     if await vm.driver.state() is VMState.STOPPED:
         return
-    await uninterrupted(_cont_and_stop(vm, snapshot))
-
-
-async def _cont_and_stop(vm: VM, snapshot: Snapshot) -> None:
-    await vm.driver.resume()
-    if snapshot.was == "paused":
-        await vm.driver.pause()
+    await uninterrupted(save_memory.take_disks_back(vm, paused=snapshot.was == "paused"))

@@ -93,6 +93,7 @@ async def wait_for_stray_save(vm: VM, entry: Entry, progress: Progress) -> None:
     if entry.data["save"] == "never" or (await vm.driver.state()).is_off:
         return
     if vm.driver.save_owner() == entry.data["owner"]:
+        await vm.driver.give_up_save()
         await save_memory.wait_until_over(vm, progress)
         await vm.driver.end_memory_save()
 
@@ -108,8 +109,8 @@ async def thaw_what_was_frozen(vm: VM, entry: Entry, progress: Progress) -> None
 
 async def _let_run(vm: VM, entry: Entry) -> None:
     """A VM that ran before the pause runs again (the watchdog did that already, unless it was killed too)."""
-    if entry.data["was"] == "running" and await vm.driver.state() is VMState.PAUSED:
-        await vm.driver.resume()
+    if not (await vm.driver.state()).is_off:
+        await save_memory.let_do_as_before(vm, entry.data["was"])
 
 
 # -- undo --------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diskchain.chain.model import Catalog
-from diskchain.chain.rules import Finding, dangling, error, info, warning
+from diskchain.chain.rules import Finding, dangling, error, info, left_by_save, warning
 from diskchain.drivers.domains import Domain
 from diskchain.drivers.machines import Registered
 from diskchain.drivers.protocol import Driver, VMState
@@ -173,6 +173,8 @@ async def _ask(host: Host, seen: Look) -> None:
         if not seen.state.is_off:
             seen.active = await driver.active_files()
             seen.failed = await driver.failed_disks()
+            if seen.state is VMState.PAUSED and seen.home and not seen.busy and await driver.stopped_by_save():
+                seen.findings.append(left_by_save(seen.name))
             await _compare(seen, driver)
     except (DiskchainError, KeyError) as problem:
         said = problem.message if isinstance(problem, DiskchainError) else f"an answer without {problem}"

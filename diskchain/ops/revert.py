@@ -149,6 +149,7 @@ async def _save_while_stopped(vm: VM, keep: Snapshot, progress: Progress) -> Mem
     try:
         await vm.driver.prepare_memory_save(fd, background=False)
         await vm.driver.pause()
+        point("revert.saving")
         await vm.driver.start_memory_save(background=False)
         progress.begin("saving memory", vm.driver.memory_bytes())
         while (now := await vm.driver.save_progress()).status == "running":
@@ -277,6 +278,8 @@ async def resume_load(vm: VM, entry: Entry, progress: Progress) -> str:
 async def undo(vm: VM, entry: Entry) -> None:
     """Take back a revert whose new overlays hold no data: old catalog, old definition, and a VM that ran runs again."""
     overlays, before = _overlays(vm, entry), entry.data["before"]
+    if entry.state == "intent" and not (await vm.driver.state()).is_off:
+        await vm.driver.give_up_save()  # of the present's memory: it would stop the VM after we let it go on
     if entry.state in ("switched", "loaded") and not await _runs_elsewhere(vm, entry):
         await _end_untouched(vm, overlays)
         entry.note(undoing=True)  # from here on it is undone, also when we are killed and somebody else goes on
@@ -332,5 +335,5 @@ async def _power_as_before(vm: VM, was: str) -> None:
     state = await vm.driver.state()
     if state.is_off and was in ("running", "paused"):
         await vm.driver.start(vm.catalog.active_chains(), paused=was == "paused")
-    elif was == "running" and state is VMState.PAUSED:
-        await vm.driver.resume()
+    elif not state.is_off:
+        await save_memory.let_do_as_before(vm, was)

@@ -15,7 +15,7 @@ from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError, MemoryNotSaved, NoSpace, ToolFailed
 from diskchain.host import files
 from diskchain.host.fault import point, skipped
-from diskchain.host.process import our_module, run, spawn_detached
+from diskchain.host.process import our_module, run, spawn_detached, uninterrupted
 from diskchain.ops import state_files
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, definition_at
@@ -116,8 +116,43 @@ async def let_go_on(vm: VM, snapshot: Snapshot) -> None:
     """After a save that failed: free the guest if it hangs on it, and see that it does what it did before."""
     if vm.driver.save_owner():
         await vm.driver.rescue()
-        if snapshot.was == "running" and await vm.driver.state() is VMState.PAUSED:
-            await vm.driver.resume()
+        await let_do_as_before(vm, snapshot.was)
+
+
+async def let_do_as_before(vm: VM, was: str) -> None:
+    """A VM that is paused runs again if it did; if a save stopped it, it takes its disks back. No save is at work."""
+    if await vm.driver.state() is not VMState.PAUSED:
+        return
+    if was == "running":
+        await vm.driver.resume()
+    elif await vm.driver.stopped_by_save():
+        await uninterrupted(take_disks_back(vm, paused=was == "paused"))
+
+
+async def take_disks_back(vm: VM, *, paused: bool) -> None:
+    """After a plain save QEMU has let go of its disks (`postmigrate`): let the VM go on; `paused`: then pause it again.
+
+    So it runs for about a millisecond; QEMU has no other way.
+    """
+    await vm.driver.resume()
+    if paused:
+        await vm.driver.pause()
+
+
+async def is_left(vm: VM) -> bool:
+    """Whether a save stopped the VM, and whoever began it is gone. (Asked of QEMU; one that does not answer was not left.)"""
+    with contextlib.suppress(DiskchainError):
+        if vm.home.path.is_dir():  # no business of ours otherwise
+            return await vm.driver.state() is VMState.PAUSED and await vm.driver.stopped_by_save()
+    return False
+
+
+async def let_go_on_if_left(vm: VM) -> bool:
+    """Nothing was interrupted, the lock is held: a VM that was left by a save runs again; return whether it was."""
+    if not await is_left(vm):
+        return False
+    await vm.driver.resume()
+    return True
 
 
 def _consistency(snapshot: Snapshot, memory: Memory) -> str:
