@@ -12,10 +12,11 @@ from typing import Any
 import libvirt
 import libvirt_qemu
 
-from diskchain.drivers import domain_xml
+from diskchain.drivers import domain_xml, migration
 from diskchain.drivers.agent import ATTEMPT
 from diskchain.drivers.libvirt_api import called, connect_now
-from diskchain.drivers.watched import GIVE_UP
+from diskchain.drivers.libvirt_monitor import Passthrough
+from diskchain.drivers.watched import until_it_stays
 from diskchain.errors import AgentFailed, AgentMissing, DiskchainError, DriverFailed, NotFound, Refused
 
 _NEEDED = ("guest-fsfreeze-freeze", "guest-fsfreeze-status", "guest-fsfreeze-thaw")
@@ -145,20 +146,28 @@ class WatchedDomain:
         """Others have connections of their own."""
 
     async def let_go_on(self) -> None:
-        """Resume, once libvirt lets us; libvirtd may be restarting just now."""
-        end = time.monotonic() + GIVE_UP
-        while time.monotonic() < end:
+        """Resume, once libvirt lets us and no save is at work that would stop it again."""
+        await until_it_stays(self._goes_on)
+
+    async def _goes_on(self) -> bool:
+        try:
+            domain, asked = await self._reached(), True
             try:
-                domain = await self._reached()
-                state, _ = await called("ask for the state", domain.state)
-                if state == libvirt.VIR_DOMAIN_PAUSED:
-                    await called("resume the domain", domain.resume)
-                return
-            except NotFound:
-                return
-            except DiskchainError:
-                self._domain = None
-            await asyncio.sleep(0.1)
+                if await migration.give_up_plain(Passthrough(domain)):
+                    return False
+            except Refused:
+                pass  # who may not ask has not begun one
+            except DriverFailed:
+                asked = False  # libvirt is busy with it, or it is off
+            state, _ = await called("ask for the state", domain.state)
+            if state == libvirt.VIR_DOMAIN_PAUSED:
+                await called("resume the domain", domain.resume)
+            return state != libvirt.VIR_DOMAIN_PAUSED and (asked or state != libvirt.VIR_DOMAIN_RUNNING)
+        except NotFound:
+            raise
+        except DiskchainError:
+            self._domain = None  # libvirtd may be restarting just now
+            return False
 
     async def freeze(self, limit: float) -> int:
         """guest-fsfreeze-freeze."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
+from diskchain.drivers import migration
 from diskchain.drivers.agent import Agent, thaw_patiently
 from diskchain.drivers.monitor import Monitor
-from diskchain.errors import DiskchainError
+from diskchain.errors import DiskchainError, NotFound, Unreachable
 
 GIVE_UP = 600.0  # seconds after which a VM that can't be resumed is left to `recover`
+SETTLED = 0.5
 
 
 class Watched(Protocol):
@@ -25,7 +29,10 @@ class Watched(Protocol):
         """Close what the next operation's watchdog needs; the agent can still be reached."""
 
     async def let_go_on(self) -> None:
-        """Resume the VM as soon as it can be resumed. Raises nothing."""
+        """Resume the VM; return when it surely runs, is gone, or can't be resumed for `GIVE_UP` seconds. Raises nothing.
+
+        Memory that is being saved while it stands is given up.
+        """
 
     async def freeze(self, limit: float) -> int:
         """Freeze; return how many file systems. Raise AgentFailed, AgentMissing."""
@@ -41,6 +48,23 @@ class Watched(Protocol):
 
     async def thaw_patiently(self, limit: float) -> tuple[bool, int]:
         """Thaw, again and again until the agent answers. Raise AgentFailed after `limit` seconds."""
+
+
+async def until_it_stays(goes_on: Callable[[], Awaitable[bool]]) -> None:
+    """Call `goes_on` (look, let the VM go on if it stands; return whether it runs or is no business of ours) until it says
+    yes twice, `SETTLED` seconds apart: what diskchain sent before it was killed may reach the hypervisor after our first look.
+    """
+    end, calm = time.monotonic() + GIVE_UP, 0
+    while time.monotonic() < end:
+        try:
+            calm = calm + 1 if await goes_on() else 0
+        except (NotFound, Unreachable):
+            return
+        except DiskchainError:
+            calm = 0  # refused just now
+        if calm == 2:
+            return
+        await asyncio.sleep(SETTLED if calm else 0.1)
 
 
 class WatchedQemu:
@@ -62,19 +86,17 @@ class WatchedQemu:
             await self._monitor.close()
 
     async def let_go_on(self) -> None:
-        """cont, once the save (if one has begun) has come so far."""
-        end = time.monotonic() + GIVE_UP
-        while self._monitor and time.monotonic() < end:
-            try:
-                status = (await self._monitor.execute("query-status"))["status"]
-                if status not in ("paused", "postmigrate", "finish-migrate"):
-                    return
-                if status != "finish-migrate":
-                    await self._monitor.execute("cont")
-                    return
-            except DiskchainError:
-                return
-            await asyncio.sleep(0.1)
+        """cont, once no save is at work that would stop it again."""
+        if self._monitor:
+            await until_it_stays(functools.partial(self._goes_on, self._monitor))
+
+    async def _goes_on(self, monitor: Monitor) -> bool:
+        if await migration.give_up_plain(monitor):
+            return False
+        state = await migration.run_state(monitor)
+        if state in ("paused", "postmigrate"):
+            await monitor.execute("cont")
+        return state not in ("paused", "postmigrate", "finish-migrate")
 
     @property
     def _agent_socket(self) -> Path:

@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -248,6 +248,47 @@ def test_pause_guard_lets_the_vm_go_on_after_its_limit_and_on_our_death(case: Ca
             guard.disarm()
             await asyncio.sleep(1)
             assert await driver.state() is VMState.PAUSED and not guard.fired()
+
+    play(case, story)
+
+
+async def slow_save(driver: Driver, case: Case) -> None:
+    """Pause, and begin to save memory: it takes minutes."""
+    fd = os.open(case.dir / "memory", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    await driver.prepare_memory_save(fd, background=False)
+    os.close(fd)
+    await (await cast(Any, driver)._commander()).execute("migrate-set-parameters", max_bandwidth=16384)
+    await driver.pause()
+    await driver.start_memory_save(background=False)
+    assert (await driver.save_progress()).status == "running"
+
+
+def test_a_save_that_is_given_up_does_not_stop_the_vm_again(case: Case) -> None:
+    """By us, and by the guard when we die; without a save both do nothing. One that ended by itself leaves its mark."""
+
+    async def story(driver: Driver, console: Console) -> None:
+        await started(driver, case, console)
+        await driver.give_up_save()
+        assert await driver.state() is VMState.RUNNING and not await driver.stopped_by_save()
+        await slow_save(driver, case)
+        await driver.give_up_save()
+        assert (await driver.save_progress()).status == "failed"
+        assert await driver.state() is VMState.PAUSED and not await driver.stopped_by_save()
+        await driver.resume()
+        async with driver.pause_guard(limit=None) as guard:
+            guard.arm()
+            await slow_save(driver, case)
+        assert (await driver.save_progress()).status == "failed" and await driver.state() is VMState.RUNNING
+        await slow_save(driver, case)
+        await (await cast(Any, driver)._commander()).execute("migrate-set-parameters", max_bandwidth=1 << 40)
+        while (await driver.save_progress()).status == "running":
+            await asyncio.sleep(0.01)
+        assert await driver.stopped_by_save()
+        await driver.resume()
+        assert await driver.state() is VMState.RUNNING and not await driver.stopped_by_save()
+        now = console.counter() or 0
+        await asyncio.to_thread(console.wait, rf"^C {now + 50} bad=")
+        assert console.bad() == []
 
     play(case, story)
 

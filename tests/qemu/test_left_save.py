@@ -51,6 +51,20 @@ def saves(rig: Rig) -> bool:
     return asked(rig, "query-migrate").get("status") in ("setup", "active", "device", "cancelling")
 
 
+def watchdogs(rig: Rig) -> list[int]:
+    """The watchdogs of this machine."""
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_watchdog(pid, str(rig.run_dir))]
+
+
+def is_watchdog(pid: int, run_dir: str) -> bool:
+    """Whether a process is a watchdog of a machine in this run directory."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+    return "diskchain.drivers.watchdog" in words and run_dir in words
+
+
 def in_a_slow_save(rig: Rig, point: str, *args: str) -> subprocess.Popen[str]:
     """Start a command that passes this point before it saves memory; return when the save is at work, for minutes."""
     process = rig.popen(*args, fault=f"stop:{point}")
@@ -129,3 +143,19 @@ def test_a_vm_left_by_a_save_is_found_refused_and_put_right(rig: Rig) -> None:
     assert rig.ok("recover", "--json").json["results"][0]["outcome"] == "resumed"
     assert run_state(rig) == "running" and rig.run("check", "vm").code != 11
     rig.ok("create", "vm", "t", "--disk-only")
+
+
+def test_create_memory_paused_killed_in_the_save_the_watchdog_lets_the_vm_run_on(rig: Rig) -> None:
+    """At once, without `recover`, and to stay; the snapshot is made, without memory."""
+    process = in_a_slow_save(rig, "create.disks-switched", "create", "vm", "t", "--memory=paused")
+    process.kill()
+    process.communicate(timeout=60)
+    wait_for(lambda: run_state(rig) == "running", "it runs", timeout=30)
+    wait_for(lambda: not watchdogs(rig), "the watchdog has done its work", timeout=30)
+    let_it_end(rig)
+    time.sleep(0.3)
+    assert run_state(rig) == "running"
+    rig.ok("recover", "vm")
+    stays_running(rig)
+    states = {s["name"]: s["state"] for s in rig.ok("list", "vm", "--json").json["snapshots"]}
+    assert states == {"s": "disk", "t": "disk"}
