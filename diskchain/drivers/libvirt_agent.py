@@ -16,8 +16,8 @@ from diskchain.drivers import domain_xml, migration
 from diskchain.drivers.agent import ATTEMPT
 from diskchain.drivers.libvirt_api import called, connect_now
 from diskchain.drivers.libvirt_monitor import Passthrough
-from diskchain.drivers.watched import until_it_stays
-from diskchain.errors import AgentFailed, AgentMissing, DiskchainError, DriverFailed, NotFound, Refused
+from diskchain.drivers.watched import free_after_save, until_it_stays
+from diskchain.errors import AgentFailed, AgentMissing, DiskchainError, DriverFailed, NotFound, Refused, Unreachable
 
 _NEEDED = ("guest-fsfreeze-freeze", "guest-fsfreeze-status", "guest-fsfreeze-thaw")
 
@@ -168,6 +168,18 @@ class WatchedDomain:
         except DiskchainError:
             self._domain = None  # libvirtd may be restarting just now
             return False
+
+    async def free_after_save(self) -> None:
+        """Through the monitor; libvirtd may be restarting just now."""
+        for _ in range(60):
+            with contextlib.suppress(DiskchainError, OSError):
+                try:
+                    await free_after_save(Passthrough(await self._reached()), self._uuid)
+                except Unreachable:
+                    self._domain = None
+                    await asyncio.sleep(1)
+                    continue
+            return
 
     async def freeze(self, limit: float) -> int:
         """guest-fsfreeze-freeze."""

@@ -22,7 +22,7 @@ class WatchdogGuard:
     def __init__(self, child: Piped, vm: Watched) -> None:
         self._child, self._vm = child, vm
         self._answers: asyncio.Queue[str] = asyncio.Queue()
-        self._fired = self._frozen = False
+        self._fired = self._frozen = self._saves = False
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
@@ -81,6 +81,11 @@ class WatchdogGuard:
 
     # -- the pause -------------------------------------------------------------------------------------------------
 
+    def watch_save(self) -> None:
+        """See PauseGuard."""
+        self._saves = True
+        self._tell("save")
+
     def arm(self) -> None:
         """See PauseGuard."""
         self._tell("arm")
@@ -126,10 +131,16 @@ class WatchdogGuard:
         """Close its stdin: what is still paused or frozen goes on now, by the watchdog, or by us if it was killed."""
         self._child.close_stdin()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._child.wait(), 5)
+            await asyncio.wait_for(self._let_go(), 5)
         self._listening.cancel()
         if self._frozen and self._child.returncode not in (None, 0):
             await uninterrupted(self._thaw_at_last())
+
+    async def _let_go(self) -> None:
+        """Wait until it has done what it must; it may stay for the save."""
+        await asyncio.shield(self._listening)
+        if self._frozen or not self._saves:
+            await self._child.wait()
 
     async def _thaw_at_last(self) -> None:
         with contextlib.suppress(DiskchainError):

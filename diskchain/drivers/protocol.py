@@ -90,6 +90,11 @@ class Listed:
 class PauseGuard(Protocol):
     """A process of ours that lets the VM go on, and thaws its file systems, when we can't. See `Driver.pause_guard`."""
 
+    def watch_save(self) -> None:
+        """Memory is about to be saved in background: the guard stays until that is over, also after us, and frees a guest that
+        hangs because it failed.
+        """
+
     def arm(self) -> None:
         """The pause begins now."""
 

@@ -9,11 +9,13 @@ through it, it thaws. On stdin, one word a line:
     freeze SECONDS   freeze the guest's file systems, in at most that time     -> frozen N      | failed WHY
     status           are they still frozen?                                    -> status WORD   | failed WHY
     arm, done        the pause begins, is over
+    save             memory is about to be saved while the guest runs
     thaw             thaw them                                                 -> thawed WORD N | failed WHY
 
 (WORD: what the agent held them for until then, `frozen` or `thawed`; N: how many there were.) End of file = diskchain is
 done or dead: what is paused then goes on, what is frozen is thawed. The same happens `LIMIT` seconds after `arm` (never
 without LIMIT), and HOLD seconds after a freeze; `fired` is said then. A thaw that nobody answers is tried for an hour.
+After `save` we stay until the save is over, our stdout closed: a guest that hangs because it failed is freed.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import os
 import sys
 import time
 from collections.abc import Coroutine
@@ -40,7 +43,7 @@ class Watchdog:
 
     def __init__(self, vm: Watched, limit: float | None) -> None:
         self._vm, self._limit = vm, limit
-        self._armed = self._frozen = False
+        self._armed = self._frozen = self._saves = False
         self._armed_until: float | None = None
         self._frozen_until = 0.0
         self._thawing: asyncio.Task[None] | None = None
@@ -61,7 +64,13 @@ class Watchdog:
             if not line:
                 break
             await self._obey(line.decode("ascii", "replace").split())
+        armed = self._armed
         await self._let_go()
+        if self._saves:
+            _hang_up()
+            await self._vm.free_after_save()
+            if armed:
+                await self._vm.let_go_on()  # one that failed in its first moments leaves the guest paused
         await self._vm.close()
         if self._thawing:
             await self._thawing
@@ -81,6 +90,8 @@ class Watchdog:
             case ["done"]:
                 self._armed = False
                 self._frozen_until = time.monotonic() + HOLD
+            case ["save"]:
+                self._saves = True
             case ["freeze", seconds]:
                 await _answer(self._freeze(float(seconds)))
             case ["status"]:
@@ -152,6 +163,13 @@ def _word(frozen: bool) -> str:
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):  # nobody may be there any more
         print(line.replace("\n", " "), flush=True)
+
+
+def _hang_up() -> None:
+    """Close our stdout: who waits for us need not wait any longer."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def watched(words: list[str]) -> tuple[Watched, float | None]:

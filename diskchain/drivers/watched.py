@@ -12,8 +12,11 @@ from typing import Protocol
 
 from diskchain.drivers import migration
 from diskchain.drivers.agent import Agent, thaw_patiently
+from diskchain.drivers.migration import Commander
 from diskchain.drivers.monitor import Monitor
 from diskchain.errors import DiskchainError, NotFound, Unreachable
+from diskchain.host import rescue
+from diskchain.host.process import find_process
 
 GIVE_UP = 600.0  # seconds after which a VM that can't be resumed is left to `recover`
 SETTLED = 0.5
@@ -33,6 +36,9 @@ class Watched(Protocol):
 
         Memory that is being saved while it stands is given up.
         """
+
+    async def free_after_save(self) -> None:
+        """Wait until no save is at work; if it failed, free a guest that hangs on it. Raises nothing."""
 
     async def freeze(self, limit: float) -> int:
         """Freeze; return how many file systems. Raise AgentFailed, AgentMissing."""
@@ -67,6 +73,15 @@ async def until_it_stays(goes_on: Callable[[], Awaitable[bool]]) -> None:
         await asyncio.sleep(SETTLED if calm else 0.1)
 
 
+async def free_after_save(monitor: Commander, uuid: str) -> None:
+    """See `Watched`. Raise DiskchainError when QEMU does not answer any more."""
+    while (now := await migration.progress(monitor)).status == "running":
+        await asyncio.sleep(0.2)
+    process = find_process("-uuid", uuid)
+    if now.status == "failed" and process:
+        await asyncio.to_thread(rescue.release, process.pid)
+
+
 class WatchedQemu:
     """A machine of ours, by the sockets in its run directory."""
 
@@ -97,6 +112,12 @@ class WatchedQemu:
         if state in ("paused", "postmigrate"):
             await monitor.execute("cont")
         return state not in ("paused", "postmigrate", "finish-migrate")
+
+    async def free_after_save(self) -> None:
+        """The run directory has the name of the machine's uuid."""
+        if self._monitor:
+            with contextlib.suppress(DiskchainError, OSError):
+                await free_after_save(self._monitor, self._run_dir.name)
 
     @property
     def _agent_socket(self) -> Path:

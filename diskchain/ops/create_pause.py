@@ -49,6 +49,8 @@ class Pause:
             await self._freeze.end()
 
     async def _stand_still(self) -> None:
+        if self._save == "background":
+            self._guard.watch_save()
         self._began = time.perf_counter()
         if self._ran:
             self._guard.arm()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.bare_qmp import Qmp
-from tests.support.rig import MiB, Rig, process_state, wait_for
+from tests.support.rig import MiB, Rig, process_state, wait_for, watchdogs
 
 
 @pytest.fixture
@@ -49,20 +49,6 @@ def run_state(rig: Rig) -> str:
 def saves(rig: Rig) -> bool:
     """Whether a save is at work."""
     return asked(rig, "query-migrate").get("status") in ("setup", "active", "device", "cancelling")
-
-
-def watchdogs(rig: Rig) -> list[int]:
-    """The watchdogs of this machine."""
-    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_watchdog(pid, str(rig.run_dir))]
-
-
-def is_watchdog(pid: int, run_dir: str) -> bool:
-    """Whether a process is a watchdog of a machine in this run directory."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return False
-    return "diskchain.drivers.watchdog" in words and run_dir in words
 
 
 def in_a_slow_save(rig: Rig, point: str, *args: str) -> subprocess.Popen[str]:

@@ -19,7 +19,7 @@ from tests.support.bare_qmp import Qmp
 from tests.support.console import Console
 from tests.support.guest import qemu_version
 from tests.support.refusals import SmallDisk
-from tests.support.rig import MiB, Rig, process_state, wait_for
+from tests.support.rig import MiB, Rig, process_state, wait_for, watchdogs
 
 ROUND = r"^D round (\d+)"
 SAVES = int(os.environ.get("DISKCHAIN_RESCUES", "4"))  # how many failed saves the campaign makes
@@ -94,9 +94,42 @@ def write_protected(pid: int) -> int:
     return sum("uw" in line.split() for line in Path(f"/proc/{pid}/smaps").read_text().splitlines())
 
 
+def killed_in_a_save_that_fails(rig: Rig, disk: SmallDisk, *, watched: bool) -> None:
+    """Kill a create whose memory does not fit, once the guest runs again; and the watchdog before it, if it is not `watched`."""
+    process = rig.popen("create", "vm", "f", "--memory",
+                        fault="skip:memory.reserve;stop:create.intent.after;stop:create.saving.after")  # fmt: skip
+    wait_for(lambda: process_state(process.pid) in ("T", "t"), "create has begun")
+    fill_but(disk, 60 * MiB)
+    os.kill(process.pid, signal.SIGCONT)
+    wait_for(lambda: process_state(process.pid) not in ("T", "t"), "it goes on")
+    wait_for(lambda: process_state(process.pid) in ("T", "t"), "memory is being saved")
+    (watchdog,) = watchdogs(rig)
+    if not watched:
+        os.kill(watchdog, signal.SIGKILL)
+    process.kill()
+    process.communicate(timeout=60)
+
+
+@pytest.mark.timeout(120)
+def test_diskchain_killed_in_a_save_that_fails_the_watchdog_frees_the_guest(small: tuple[Rig, SmallDisk]) -> None:
+    """Without `recover`, which then finds a guest that works. The watchdog does not stay longer than it is needed."""
+    rig, disk = small
+    with Console(rig.console()) as console:
+        console.wait(r"^D round 2$")
+        killed_in_a_save_that_fails(rig, disk, watched=True)
+        wait_for(lambda: not watchdogs(rig), "the watchdog has done its work")
+        works_on(console)
+        disk.free()
+        assert rig.run("recover", "vm").code == 0
+        works_on(console)
+        rig.ok("create", "vm", "good", "--memory")
+        wait_for(lambda: not watchdogs(rig), "the save is over")
+        works_on(console)
+
+
 @pytest.mark.timeout(120)
 def test_control_without_the_rescue_the_guest_hangs(small: tuple[Rig, SmallDisk]) -> None:
-    """Known bad on QEMU < 10: if the guest went on by itself, the test above would prove nothing.
+    """Known bad on QEMU < 10: if the guest went on by itself, the tests above would prove nothing.
 
     QEMU 10 takes its write protection back by itself: the guest goes on, and the rescue finds nothing to do.
     """
@@ -104,17 +137,7 @@ def test_control_without_the_rescue_the_guest_hangs(small: tuple[Rig, SmallDisk]
     leaks = qemu_version() < (10, 0)
     with Console(rig.console()) as console:
         console.wait(r"^D round 2$")
-        process = rig.popen(
-            "create",
-            "vm",
-            "f",
-            "--memory",
-            fault="skip:memory.reserve;stop:create.intent.after;kill:create.saving.after",
-        )
-        wait_for(lambda: process_state(process.pid) in ("T", "t"), "create has begun")
-        fill_but(disk, 60 * MiB)
-        os.kill(process.pid, signal.SIGCONT)
-        process.communicate(timeout=60)
+        killed_in_a_save_that_fails(rig, disk, watched=False)
         hangs = False
         try:
             for _ in range(3):

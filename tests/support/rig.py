@@ -316,6 +316,20 @@ def has_ended(pid: int) -> bool:
         return True
 
 
+def watchdogs(rig: Rig) -> list[int]:
+    """The watchdogs of this machine."""
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_watchdog(pid, str(rig.run_dir))]
+
+
+def is_watchdog(pid: int, run_dir: str) -> bool:
+    """Whether a process is a watchdog of a machine in this run directory."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+    return "diskchain.drivers.watchdog" in words and run_dir in words
+
+
 def wait_for(condition: Any, what: str, timeout: float = 60) -> None:
     """Wait until `condition()` is true. Raise AssertionError naming `what` after `timeout` seconds."""
     end = time.monotonic() + timeout
