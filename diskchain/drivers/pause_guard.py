@@ -13,6 +13,7 @@ from diskchain.drivers.watched import Watched
 from diskchain.errors import AgentFailed, DiskchainError, DriverFailed
 from diskchain.host.process import Piped, our_module, spawn_piped, uninterrupted
 
+_READY = 30.0  # seconds that the process gets to start and to reach the VM
 _PATIENCE = 15.0  # seconds that we try to thaw ourselves when the watchdog was killed
 
 
@@ -34,8 +35,17 @@ class WatchdogGuard:
         argv, env = our_module("diskchain.drivers.watchdog")
         argv += [*words, *([] if limit is None else [str(limit)])]
         child = await spawn_piped(argv, log, env=env)
-        if await asyncio.wait_for(child.stdout.readline(), 30) != b"ready\n":
-            raise DriverFailed("the watchdog that guards the pause did not start", hint=f"see {log}")
+        try:
+            said = await asyncio.wait_for(child.stdout.readline(), _READY)
+            why = "did not start"
+        except TimeoutError:
+            said, why = b"", f"was not ready within {_READY:.0f} s"
+        except BaseException:
+            child.kill()
+            raise
+        if said != b"ready\n":
+            child.kill()
+            raise DriverFailed(f"the watchdog that guards the pause {why}", hint=f"see {log}; try again")
         return cls(child, vm)
 
     @classmethod

@@ -359,7 +359,7 @@ class Driver(Protocol):
     async def rescue(self) -> bool:
         """After a background save that failed: free a guest that hangs on it; return whether it had to be freed.
 
-        Needs no answer of the hypervisor. Raise Refused without the right to do it.
+        Needs no answer of the hypervisor. Raise Refused without the right to do it, Unfinished when it may hang still.
         """
 
     async def restore_huge_pages(self, limit: float) -> str:

@@ -13,14 +13,16 @@ import fcntl
 import os
 import re
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from diskchain.errors import Refused
+from diskchain.errors import Refused, Unfinished
 
 # linux/userfaultfd.h: _IOWR(0xAA, 6, 24 bytes), _IOR(0xAA, 2, 16 bytes), _IOR(0xAA, 1, 16 bytes)
 _WRITEPROTECT, _WAKE, _UNREGISTER = 0xC018AA06, 0x8010AA02, 0x8010AA01
 _PIDFD_GETFD = 438  # the same number on every architecture
+_TRIES = 5
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -51,11 +53,28 @@ def _smaps(pid: int) -> list[str]:
 
 
 def release(pid: int) -> int:
-    """Lift every leaked write protection of a process; return how many ranges were freed. Raise Refused."""
-    ranges = protected_ranges(pid)
-    if not ranges:
-        return 0
-    pidfd = os.pidfd_open(pid)
+    """Lift every leaked write protection of a process; return how many ranges were freed.
+
+    Raise Refused without the right to do it, Unfinished when some are left: the guest may hang on them.
+    """
+    before = left = protected_ranges(pid)
+    for again in range(_TRIES):
+        if not left:
+            break
+        time.sleep(0.05 * again)
+        _lift_all(pid, left)
+        left = protected_ranges(pid)  # the kernel may have refused, or QEMU's map may have changed meanwhile
+    if left:
+        raise Unfinished(f"{len(left)} of {len(before)} ranges of QEMU's memory (pid {pid}) stayed write-protected; its guest "
+                         "may hang", hint="diskchain recover tries again; diskchain stop --force ends it")  # fmt: skip
+    return len(before)
+
+
+def _lift_all(pid: int, ranges: list[tuple[int, int]]) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
     try:
         for number in _userfaultfds(pid):
             fd = _copy_fd(pidfd, number)
@@ -66,7 +85,6 @@ def release(pid: int) -> int:
                 os.close(fd)
     finally:
         os.close(pidfd)
-    return len(ranges)
 
 
 def _userfaultfds(pid: int) -> Iterator[int]:
@@ -87,7 +105,9 @@ def _copy_fd(pidfd: int, number: int) -> int:
 
 
 def _lift(fd: int, start: int, length: int) -> None:
-    """Unprotect, wake, unregister; a range that another of QEMU's userfaultfds owns answers with an error."""
+    """Unprotect, wake, unregister. A range that another of QEMU's userfaultfds owns answers with an error, and so does one
+    that was changed meanwhile: whoever calls looks again.
+    """
     for request, argument in (
         (_WRITEPROTECT, struct.pack("QQQ", start, length, 0)),
         (_WAKE, struct.pack("QQ", start, length)),
