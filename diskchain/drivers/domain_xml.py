@@ -234,13 +234,36 @@ def nvram(text: str) -> Path | None:
     return Path(place) if place else None
 
 
+def leaves_nvram_to_libvirt(text: str) -> bool:
+    """Whether it is a UEFI domain that does not say where its variables are: libvirt has a usual place for them."""
+    system = parse(text).find("./os")
+    if system is None or system.find("nvram") is not None:
+        return False
+    loader = system.find("loader")
+    kept = loader is None or loader.get("stateless") != "yes"
+    return kept and (system.get("firmware") == "efi" or (loader is not None and loader.get("type") == "pflash"))
+
+
+def nvram_problem(text: str) -> str:
+    """Return why the UEFI variables can't be copied as a plain file; nothing when they can, or when there are none."""
+    element = parse(text).find("./os/nvram")
+    if element is None:
+        return ""
+    kind, fmt = element.get("type", "file"), element.get("format", "raw")
+    if kind != "file":
+        return f"of type {kind}"
+    return "" if fmt == "raw" else f"in the format {fmt}"
+
+
 def tpm(text: str) -> str | None:
-    """Return the version of the domain's emulated TPM ("2.0"; "?" for one whose state lies elsewhere), None without one."""
-    for backend in parse(text).iter("backend"):
-        if backend.get("type") == "emulator":
-            elsewhere = backend.find("source") is not None
-            return "?" if elsewhere else backend.get("version", "?")
-    return None
+    """Return the version of the domain's emulated TPM ("2.0"), what else another is ("passthrough"), None without one."""
+    backend = parse(text).find("./devices/tpm/backend")
+    if backend is None:
+        return None
+    kind = backend.get("type", "?")
+    if kind != "emulator":
+        return kind
+    return "kept elsewhere" if backend.find("source") is not None else f"{backend.get('version', '?')}"
 
 
 def passthrough(text: str) -> list[str]:

@@ -150,7 +150,7 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
                           hint=f"define it: virsh dumpxml {self.name} --migratable > {self.name}.xml; "
                           f"virsh define {self.name}.xml")  # fmt: skip
         if operation == "create":
-            self.refuse_tpm(await self._xml(SECURE))
+            self.refuse_state(await self._xml(SECURE))
         if (await self.state()).is_off:
             return
         if (await called("ask for jobs", self._domain.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE:

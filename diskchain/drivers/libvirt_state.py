@@ -1,7 +1,9 @@
 """What a domain keeps besides disks and memory: its UEFI variables, and the state of its emulated TPM.
 
-libvirt makes both at the first start. The TPM's lies where libvirt always puts it, `<its state>/swtpm/<uuid>/tpm2`, owned by
-the user that swtpm runs as; that directory only root can read. (libvirt src/qemu/qemu_tpm.c, qemuTPMEmulatorStorageBuildPath.)
+libvirt makes both at the first start. The variables lie where the definition says, else (and libvirt 9.0 says it in the live
+definition only) at `<its state>/qemu/nvram/<name>_VARS.fd`. The TPM's lies where libvirt always puts it,
+`<its state>/swtpm/<uuid>/tpm2`, owned by the user that swtpm runs as; that directory only root can read.
+(libvirt src/qemu/qemu_domain.c, qemuDomainNVRAMPathFormat; src/qemu/qemu_tpm.c, qemuTPMEmulatorStorageBuildPath.)
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from diskchain.drivers.protocol import Definition, StateFile
 from diskchain.errors import Refused
 from diskchain.host import libvirt_daemon
 
-_SYSTEM = "var/lib/libvirt/swtpm"
+_SYSTEM = Path("/var/lib/libvirt")
 
 
 class DomainState:
@@ -26,29 +28,55 @@ class DomainState:
     uuid: str
     uri: str
 
+    def _of_session(self) -> Path | None:
+        """Where a user's own daemon keeps its state; None for that of the system."""
+        if "/session" not in self.uri:
+            return None
+        return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "libvirt/qemu"
+
+    def _seen_by_us(self, path: Path) -> Path:
+        """The daemon may have mounts of its own."""
+        return path if self._of_session() else libvirt_daemon.root(self.uri) / path.relative_to("/")
+
     def _tpm_dir(self) -> Path:
-        if "/session" in self.uri:
-            home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-            return home / "libvirt/qemu/swtpm" / self.uuid / "tpm2"
-        return libvirt_daemon.root(self.uri) / _SYSTEM / self.uuid / "tpm2"
+        return self._seen_by_us((self._of_session() or _SYSTEM) / "swtpm" / self.uuid / "tpm2")
+
+    def usual_nvram(self) -> Path:
+        """Where libvirt puts the UEFI variables of a domain of this name that does not say where."""
+        return (self._of_session() or _SYSTEM / "qemu") / "nvram" / f"{self.name}_VARS.fd"
+
+    def _nvram(self, persistent: str, live: str | None) -> Path | None:
+        """A live definition of then has the usual place of then: the domain may have been renamed since."""
+        text = live or persistent
+        named = domain_xml.nvram(text)
+        if named and domain_xml.nvram(persistent) is None and domain_xml.name(text) != self.name:
+            return self.usual_nvram()
+        return self.usual_nvram() if domain_xml.leaves_nvram_to_libvirt(text) else named
 
     def state_files(self, definition: Definition) -> list[StateFile]:
         """A command may still be at work in swtpm when the CPUs stand: `settles` is False. Saved memory has its state too."""
-        xml = str(json.loads(definition.text)["persistent"])
-        nvram = domain_xml.nvram(xml)
-        found = [StateFile("nvram", nvram, saved_late=True, made_by_manager=True)] if nvram else []
-        if domain_xml.tpm(xml) == "2.0":
+        text = json.loads(definition.text)
+        xml, on = str(text["persistent"]), text["live"] is not None
+        nvram = self._nvram(xml, text["live"])
+        found = []
+        if nvram and nvram.is_absolute():
+            found.append(StateFile("nvram", self._seen_by_us(nvram), saved_late=True, made_by_manager=True, in_use=on))
+        if domain_xml.tpm(text["live"] or xml) == "2.0":
             found.append(StateFile("tpm", self._tpm_dir(), directory=True, pattern=tpm.PATTERN, settles=False,
-                                   made_by_manager=True))  # fmt: skip
+                                   made_by_manager=True, in_use=on))  # fmt: skip
         return found
 
-    def refuse_tpm(self, xml: str) -> None:
-        """Raise Refused when the domain has an emulated TPM whose state can't be in a snapshot."""
+    def refuse_state(self, xml: str) -> None:
+        """Raise Refused when the domain has UEFI variables or a TPM whose state can't be in a snapshot."""
+        problem = domain_xml.nvram_problem(xml)
+        if problem:
+            raise Refused(f"{self.name} has its UEFI variables (<nvram>) {problem}: diskchain can't put them into a snapshot",
+                          hint="give it NVRAM in a raw file")  # fmt: skip
         version = domain_xml.tpm(xml)
         if version is None:
             return
         if version != "2.0":
-            raise Refused(f"{self.name} has a TPM whose state diskchain can't put into a snapshot (version {version})",
+            raise Refused(f"{self.name} has a TPM whose state diskchain can't put into a snapshot ({version})",
                           hint="take it out, or give it an emulated one of version 2.0, its state in the usual place")  # fmt: skip
         directory = self._tpm_dir()
         if os.access(directory, os.R_OK | os.X_OK):

@@ -49,7 +49,8 @@ class StateFile:
 
     `pattern`: which files of a directory count. `settles`: at once when the VM is paused, so that a copy made then is of
     that instant. `saved_late`: memory that is saved in background holds it as of a later moment. `made_by_manager`: the VM's
-    manager makes it at the first start; a VM that never was started has none, and needs none.
+    manager makes it at the first start; a VM that never was started has none, and needs none. `in_use`: the configuration is
+    that of a VM that is on, so it must be there.
     """
 
     name: str
@@ -59,6 +60,7 @@ class StateFile:
     settles: bool = True
     saved_late: bool = False
     made_by_manager: bool = False
+    in_use: bool = False
 
 
 @dataclass(frozen=True)

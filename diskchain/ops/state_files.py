@@ -40,9 +40,10 @@ async def provide(driver: Driver, catalog: Catalog) -> Catalog:
     """
     definition = driver.definition()
     for state in driver.state_files(definition):
-        if not _is_due(state) and state.name not in catalog.state_files:
+        there = os.path.lexists(state.path)
+        if state.made_by_manager and not there and state.name not in catalog.state_files:
             continue
-        if os.path.lexists(state.path):
+        if there:
             refuse_unusable(driver, definition, state)
         elif state.name in catalog.state_files:
             raise StateMissing(
@@ -57,8 +58,19 @@ async def provide(driver: Driver, catalog: Catalog) -> Catalog:
 
 
 def _is_due(state: StateFile) -> bool:
-    """Whether the VM must have it: not what its manager has still to make at the first start."""
-    return not state.made_by_manager or os.path.lexists(state.path)
+    """Whether the VM must have it: not what its manager has still to make at the first start.
+
+    Only who may look can say that it is not there.
+    """
+    if not state.made_by_manager or state.in_use:
+        return True
+    try:
+        state.path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def present(vm: VM, definition: Definition) -> list[StateFile]:
@@ -101,8 +113,8 @@ def read_files(state: StateFile, path: Path, name: str) -> dict[str, bytes]:
                     found[f"{name}/{entry.name}"] = _read(entry)
         return found
     except OSError as error:
-        raise StateMissing(f"the {label(state.name)} can't be read: {error.strerror} ({path})",
-                           hint="bring it back from a backup") from error  # fmt: skip
+        hint = "run diskchain as root" if isinstance(error, PermissionError) else "bring it back from a backup"
+        raise StateMissing(f"the {label(state.name)} can't be read: {error.strerror} ({path})", hint=hint) from error
 
 
 def _read(path: Path) -> bytes:

@@ -58,6 +58,30 @@ def test_facts_are_read_out() -> None:
     assert domain_xml.passthrough(XML) == ["hostdev pci"] and domain_xml.machine_type(XML) == "pc-q35-7.2"
 
 
+def test_uefi_variables_and_tpms_that_no_plain_file_holds_are_told_apart() -> None:
+    """A qcow2 file is open in QEMU, so a copy of it is of no instant; a domain with BIOS has none."""
+    line, chip = "<nvram>/var/lib/libvirt/qemu/nvram/web1_VARS.fd</nvram>", "<backend type='emulator' version='2.0'/>"
+
+    def kept(nvram: str) -> tuple[Path | None, str, bool]:
+        text = XML.replace(line, nvram)
+        return domain_xml.nvram(text), domain_xml.nvram_problem(text), domain_xml.leaves_nvram_to_libvirt(text)
+
+    assert kept(line) == (Path("/var/lib/libvirt/qemu/nvram/web1_VARS.fd"), "", False)
+    assert kept("<nvram type='file'><source file='/x.fd'/></nvram>") == (Path("/x.fd"), "", False)
+    assert kept("<nvram format='qcow2'>/x.qcow2</nvram>") == (Path("/x.qcow2"), "in the format qcow2", False)
+    assert kept("<nvram type='block'><source dev='/dev/x'/></nvram>") == (None, "of type block", False)
+    assert kept("") == (None, "", True)
+    bios = XML.replace(line, "").replace("type='pflash'", "type='rom'")
+    assert not domain_xml.leaves_nvram_to_libvirt(bios)
+    assert domain_xml.leaves_nvram_to_libvirt(bios.replace("<os>", "<os firmware='efi'>"))
+    assert not domain_xml.leaves_nvram_to_libvirt(XML.replace(line, "").replace("<loader ", "<loader stateless='yes' "))
+    assert domain_xml.tpm(XML.replace(chip, "<backend type='passthrough'/>")) == "passthrough"
+    assert (
+        domain_xml.tpm(XML.replace(chip, "<backend type='emulator'><source type='dir'/></backend>")) == "kept elsewhere"
+    )
+    assert domain_xml.tpm(XML.replace(chip, "").replace("<tpm model='tpm-crb'></tpm>", "")) is None
+
+
 def test_disks_are_classified() -> None:
     """Taken: qcow2 and raw files; refused with the native way: everything else that is written; the rest needs nothing."""
     taken, refused = suitable(domain_xml.disks(XML))
