@@ -34,6 +34,8 @@ class DomainDisk:
     shareable: bool = False
     transient: bool = False
     protocol: str = ""  # of a network disk
+    encrypted: bool = False  # by QEMU (LUKS), the disk or a layer below it
+    sliced: bool = False  # a part of its file
 
     @property
     def is_empty(self) -> bool:
@@ -102,6 +104,7 @@ def _disk(element: ET.Element) -> DomainDisk:
         pool=attributes.get("pool", ""), volume=attributes.get("volume", ""), protocol=attributes.get("protocol", ""),
         read_only=element.find("readonly") is not None, shareable=element.find("shareable") is not None,
         transient=element.find("transient") is not None,
+        encrypted=element.find(".//encryption") is not None, sliced=element.find(".//slices") is not None,
     )  # fmt: skip
 
 

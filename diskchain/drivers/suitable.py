@@ -49,6 +49,10 @@ def _why_not(disk: DomainDisk) -> tuple[str, str] | None:
         return f"a disk of type {disk.type}", "the storage's own snapshots"
     if disk.shareable:
         return "shared with other VMs (<shareable/>)", "a snapshot inside the guests' cluster file system"
+    if disk.encrypted:
+        return "encrypted by QEMU (<encryption>)", "encrypt inside the guest, or the host's volume"
+    if disk.sliced:
+        return "a part of its file (<slices>)", "give it a file of its own"
     if disk.transient:
         return "transient: its writes are thrown away at every stop", "nothing: there is nothing to keep"
     if (disk.fmt or "raw") not in _FORMATS:

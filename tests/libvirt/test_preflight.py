@@ -171,3 +171,29 @@ def test_a_device_whose_state_can_not_be_saved_is_named_before_anything_changes(
     assert picture(rig.dir) == before  # a plan of a domain that has no records yet
     rig.ok("create", "vm", "s0", "--disk-only")
     assert rig.agreement() == []
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("<encryption format='luks'><secret type='passphrase' uuid='5a3f8f6e-0000-4000-8000-00000000000a'/></encryption>",
+         "encrypted"),
+        ("<slices><slice type='storage' offset='1048576' size='4194304'/></slices>", "<slices>"),
+    ],
+)  # fmt: skip
+def test_a_disk_that_is_more_than_its_file_is_refused_and_can_be_left_out(domain: Make, more: str, says: str) -> None:
+    """LUKS and slices: the domain would not start on an overlay."""
+    rig = domain(guest=False, size=SMALL, raw=("vdb",))
+    rig.broken = True  # vdb is in no catalog
+    path = rig.dir / "vm.xml"
+    path.write_text(path.read_text().replace("vdb.raw'/>", f"vdb.raw'>{more}</source>"))
+    rig.virsh("undefine", "vm")
+    rig.virsh("define", str(path))
+    before = picture(rig.dir)
+    error = refused(rig, "create", "vm", "s0", code=6, says=says)
+    assert "--skip-disk vdb" in error["hint"] and picture(rig.dir) == before
+    rig.ok("create", "vm", "s0", "--skip-disk", "vdb")
+    rig.ok("revert", "vm", "s0", "-y")
+    assert rig.sources(inactive=True)["vdb"] == rig.dir / "vdb.raw" and more.split(">")[0].split()[0] in rig.virsh(
+        "dumpxml", "vm"
+    )

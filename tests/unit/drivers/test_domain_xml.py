@@ -92,6 +92,22 @@ def test_disks_are_classified() -> None:
     assert "lvcreate -s" in refused[0].instead and "rbd snap create" in refused[1].instead
 
 
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ("<source file='/vm/b.img'><encryption format='luks'/></source>", "<encryption>"),
+        ("<encryption format='luks'/><source file='/vm/b.img'/>", "<encryption>"),
+        ("<source file='/vm/b.img'><slices><slice type='storage' offset='1' size='2'/></slices></source>", "<slices>"),
+        ("<source file='/vm/b.img'/><backingStore type='file'><format type='raw'/><source file='/vm/l.img'>"
+         "<encryption format='luks'/></source></backingStore>", "<encryption>"),
+    ],
+)  # fmt: skip
+def test_disks_that_need_more_than_their_file_are_refused(more: str, why: str) -> None:
+    """A layer on top would carry on what belongs to the image below."""
+    taken, refused = suitable(domain_xml.disks(XML.replace("<source file='/vm/b.img'/>", more)))
+    assert "vdb" not in taken and why in next(u.why for u in refused if u.target == "vdb")
+
+
 def test_sources_are_replaced_and_nothing_else() -> None:
     """The old chain and index go; format, comments, layout and every other disk stay."""
     changed = domain_xml.with_sources(
