@@ -346,6 +346,11 @@ def same_file(one: Path, other: Path) -> bool:
         return False
 
 
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two names are one, or lead to one file: a gone file has its name still."""
+    return one == other or same_file(one, other)
+
+
 def copy_owner(src: Path, dst: Path) -> None:
     """Give `dst` the owner, group, mode, ACL and security label of `src`, so that the same users can open it.
 

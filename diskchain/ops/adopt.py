@@ -10,6 +10,7 @@ from diskchain.chain.model import Catalog, Image
 from diskchain.drivers.domains import Domain
 from diskchain.drivers.suitable import suitable
 from diskchain.errors import ChainDamaged, HostileImage, UnsupportedDisk, UsageError
+from diskchain.host import files
 from diskchain.ops.approve import approve_chain, fingerprint
 from diskchain.ops.ids import new_id
 
@@ -40,7 +41,7 @@ def refreshed(catalog: Catalog, domain: Domain, roots: Sequence[Path]) -> Catalo
     taken = suitable(domain.disks)[0]
     for target, disk in taken.items():
         known = catalog.active.get(target)
-        if known is not None and catalog.images[known].path != disk.path:
+        if known is not None and disk.path and not files.is_same(catalog.images[known].path, disk.path):
             raise ChainDamaged(f"{target} of {domain.name} is defined with {disk.path}, the catalog says "
                                f"{catalog.images[known].path}",
                                hint=f"switched by something else; take it up: diskchain adopt {domain.name}")  # fmt: skip
@@ -53,7 +54,7 @@ def refreshed(catalog: Catalog, domain: Domain, roots: Sequence[Path]) -> Catalo
 
 
 def _attached(catalog: Catalog, target: str, path: Path, fmt: str, roots: Sequence[Path]) -> Catalog:
-    image = catalog.image_at(path)
+    image = next((image for image in catalog.images.values() if files.is_same(image.path, path)), None)
     if image is None:
         return with_chain(catalog, target, path, fmt, roots)
     if image.id not in catalog.detached:

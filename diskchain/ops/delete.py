@@ -255,7 +255,7 @@ async def _merge_again(vm: VM, entry: Entry, deletion: Deletion, guard: ImageGua
     """
     named = await vm.driver.next_files() or {}
     for fold in deletion.folds:
-        if named.get(fold.target) == fold.top.path:
+        if fold.target in named and files.is_same(named[fold.target], fold.top.path):
             await merge.fold(fold, guard, unclean=True, progress=progress, pace=_pace(vm, entry))
 
 

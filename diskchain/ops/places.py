@@ -112,9 +112,10 @@ def find_home(domain: Domain) -> Home | None:
 def _directories(domain: Domain) -> Iterator[Path]:
     seen: set[Path] = set()
     for image in domain.images:
-        if image.parent not in seen:
-            seen.add(image.parent)
-            yield image.parent
+        directory = image.parent.resolve()  # an image is named by where it really is, too
+        if directory not in seen:
+            seen.add(directory)
+            yield directory
     for image in domain.images:
         try:
             below = approve_chain(image, "qcow2")[1:]
@@ -130,5 +131,5 @@ def new_home(domain: Domain) -> Home:
     """Return where the records of a domain will be: beside its first disk in a file. Raise UnsupportedDisk."""
     for disk in domain.disks:
         if disk.path is not None and disk.type == "file" and disk.device == "disk" and not disk.read_only:
-            return Home.beside(disk.path, domain.uuid)
+            return Home.beside(disk.path.parent.resolve() / disk.path.name, domain.uuid)
     raise UnsupportedDisk(f"{domain.name} has no disk in an image file", hint="diskchain handles qcow2 and raw files")

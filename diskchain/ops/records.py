@@ -42,7 +42,8 @@ def adopt(vm: VM) -> Adopted:
     catalog = vm.catalog
     roots = [*vm.config.image_roots, *(i.path.parent for i in catalog.images.values())]
     for target, disk in suitable(domain.disks)[0].items():
-        if target in catalog.active and disk.path and catalog.images[catalog.active[target]].path != disk.path:
+        known = catalog.active.get(target)
+        if known and disk.path and not files.is_same(catalog.images[known].path, disk.path):
             catalog = _grown(catalog, target, approve_chain(disk.path, disk.fmt or "raw", roots=roots))
     catalog = refreshed(catalog, domain, roots)
     vm.save(catalog)
@@ -55,7 +56,7 @@ def _grown(catalog: Catalog, target: str, chain: list[ApprovedImage]) -> Catalog
     active = catalog.images[catalog.active[target]]
     above: list[ApprovedImage] = []
     for layer in chain:
-        if layer.path == active.path:
+        if files.is_same(layer.path, active.path):
             break
         above.append(layer)
     else:

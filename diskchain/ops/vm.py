@@ -95,7 +95,7 @@ class VM:
         for target, path in (await self.driver.next_files() or {}).items():
             known = self.catalog.active.get(target)
             says = self.catalog.images[known].path if known else None
-            if says != path and not (says and files.same_file(says, path)):
+            if says is None or not files.is_same(says, path):
                 raise ChainDamaged(f"{target} of {self.name} is defined with {path}, the catalog says {says or 'nothing'}",
                                    hint=f"changed by something else; take it up: diskchain adopt {self.name}")  # fmt: skip
 
@@ -113,7 +113,7 @@ class VM:
             known = self.catalog.active.get(target)
             if known is None and not same_disks:
                 continue
-            if known is None or self.catalog.images[known].path != path:
+            if known is None or not files.is_same(self.catalog.images[known].path, path):
                 raise ChainDamaged(f"{target} of {self.name} writes to {path}, the catalog says "
                                    f"{self.catalog.images[known].path if known else 'nothing'}",
                                    hint="something else than diskchain switched its disks; stop the VM and look")  # fmt: skip

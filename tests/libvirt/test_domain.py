@@ -126,3 +126,38 @@ def test_forget_lets_go_and_leaves_a_recover_text(domain: Make) -> None:
     rig.ok("stop", "vm", "--force", "-y")
     rig.ok("create", "vm", "again")
     assert rig.agreement() == []
+
+
+def test_disks_defined_through_a_symlinked_directory_are_the_same_disks(domain: Make) -> None:
+    """Off and running; adopted with a layer on top that is named so, too."""
+    rig = domain(guest=False, size=8 * MiB)
+    link = rig.dir.with_name("link")
+    link.symlink_to(rig.dir)
+
+    def define(text: str) -> None:
+        (rig.dir / "through.xml").write_text(text.replace(f"file='{rig.dir}/vd", f"file='{link}/vd"))
+        rig.virsh("define", str(rig.dir / "through.xml"))
+
+    rig.write(1, 0, MiB)
+    rig.remember("off")
+    define(rig.virsh("dumpxml", "vm"))
+    rig.virsh("start", "vm", "--paused")
+    rig.ok("create", "vm", "first", "--disk-only", "-n")
+    rig.virsh("destroy", "vm")
+    rig.ok("create", "vm", "off")
+    define(rig.virsh("dumpxml", "vm"))
+    rig.virsh("start", "vm", "--paused")
+    rig.ok("create", "vm", "on", "--disk-only")
+    assert rig.agreement() == []
+    rig.virsh("destroy", "vm")
+    text = rig.virsh("dumpxml", "vm")
+    for target, image in rig.active().items():
+        layer = rig.dir / f"{target}.theirs.qcow2"
+        rig.qemu_img("create", "-q", "-f", "qcow2", "-b", str(image), "-F", "qcow2", str(layer))
+        text = text.replace(f"{image.name}'", f"{layer.name}'")
+    define(text)
+    refused(rig, "create", "vm", "s", code=8, says="adopt")
+    rig.ok("adopt", "vm")
+    rig.ok("create", "vm", "last")
+    rig.expected |= dict.fromkeys(("on", "last", "now"), rig.expected["off"])
+    assert rig.verdict(present="now") == []
