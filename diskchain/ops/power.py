@@ -37,7 +37,7 @@ async def start(vm: VM, progress: Progress = QUIET, *, paused: bool = False) -> 
     await vm.verify_definition()
     await asyncio.to_thread(layers.verify_active, vm.catalog)
     known = await state_files.provide(vm.driver, replace(vm.catalog, asleep=False))
-    if known != vm.catalog:
+    if vm.known and known != vm.catalog:  # a domain without records is started without making any
         vm.save(known)
     point("start.launching")
     await vm.driver.start(vm.catalog.active_chains(), paused=paused)

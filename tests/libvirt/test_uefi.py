@@ -101,6 +101,8 @@ def test_variables_of_a_running_domain_that_are_gone_are_named(domain: Make, dae
     """The domain is on, so it has some: a snapshot without them is none."""
     rig = with_uefi(domain)
     rig.virsh("start", "vm", "--paused")
+    rig.virsh("destroy", "vm")
+    rig.ok("start", "vm", "--paused")  # it has no records, and gets none by that
     nvram_of(daemon).unlink()
     before = picture(rig.dir)
     refused(rig, "create", "vm", "s", "--disk-only", code=8, says="NVRAM can't be read")
