@@ -67,10 +67,12 @@ def name(text: str) -> str:
 
 
 def memory_bytes(text: str) -> int:
-    """Return the most memory that the guest can have (bytes): what a saved memory can be as large as."""
-    root = parse(text)
-    sizes = [_size(found) for tag in ("memory", "maxMemory") if (found := root.find(tag)) is not None]
-    return max(sizes, default=0)
+    """Return how much memory the guest has (bytes), plugged DIMMs too: what a saved memory can be as large as.
+
+    `<maxMemory>` is only how much could be plugged; libvirt counts what is plugged into `<memory>`.
+    """
+    found = parse(text).find("memory")
+    return 0 if found is None else _size(found)
 
 
 def _size(element: ET.Element) -> int:

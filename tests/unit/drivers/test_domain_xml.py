@@ -185,6 +185,12 @@ def test_aliases_are_those_of_disks_that_have_one() -> None:
     assert domain_xml.aliases(XML) == {"vda": "virtio-disk0"}
 
 
+def test_memory_that_could_be_plugged_is_not_counted() -> None:
+    """libvirt adds plugged DIMMs to `<memory>` (seen with 9.0)."""
+    more = XML.replace("<memory ", "<maxMemory slots='4' unit='GiB'>512</maxMemory><memory ", 1)
+    assert domain_xml.memory_bytes(more) == 2 << 30
+
+
 def test_memory_that_is_no_number_is_an_error_in_words() -> None:
     """Found by scripts/torture (fuzz)."""
     with pytest.raises(DriverFailed, match="no number"):
