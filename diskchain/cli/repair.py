@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from diskchain.chain.plan import Plan
 from diskchain.cli import context
 from diskchain.cli.app import App
-from diskchain.errors import DiskchainError
+from diskchain.errors import DiskchainError, Unfinished
 from diskchain.ops import repair as ops
 from diskchain.ops.repair import Repair
 from diskchain.ops.vm import Host
@@ -61,6 +61,8 @@ async def _carry_out(app: App, host: Host, name: str, approved: Sequence[Repair]
                 continue
             try:
                 await ops.carry_out(vm, repair)
+            except Unfinished:
+                raise
             except DiskchainError as error:
                 context.progress(app).warn(f"{repair.subject}: not repaired: {error.message}")
                 continue

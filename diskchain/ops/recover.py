@@ -148,7 +148,7 @@ async def _delete(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: 
 
 
 async def _repair(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: bool) -> tuple[str, str]:
-    return await repair.resume(vm, entry)
+    return await repair.resume(vm, entry, undo=undo)
 
 
 async def _move(vm: VM, entry: Entry, progress: Progress, undo: bool, finish: bool) -> tuple[str, str]:

@@ -9,8 +9,8 @@ leaks       `qemu-img check` counts clusters that are reserved and unused; no da
 definition  the definition names another file than the catalog, and nothing was written there
 rubbish     files of ours that a kill left behind, and that nothing names
 
-Each is journalled (operation `repair`); interrupted, it is done again, or let go of when it does not apply any more: what is
-wrong is found anew by the next check.
+Each is journalled (operation `repair`). What was begun and did not end, by a kill or an error, is done again by `recover`, or
+let go of when it does not apply any more: what is wrong is found anew by the next check.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diskchain.chain.model import Image
-from diskchain.errors import DiskchainError, VMRunning
+from diskchain.errors import DiskchainError, DriverFailed, Unfinished, VMRunning
 from diskchain.host.fault import point
 from diskchain.ops import repair_files, repair_images
 from diskchain.ops.vm import VM, new_id, now_utc, refuse_unfinished
@@ -43,7 +43,8 @@ class Repair:
     path: Path = Path()
 
 
-_DO: dict[str, Callable[[VM, str, Path], Awaitable[None]]] = {
+Begin = Callable[[], None]  # called before the first write: from then on it is not let go of, but finished
+_DO: dict[str, Callable[[VM, str, Path, Begin], Awaitable[None]]] = {
     "relink": repair_images.relink,
     "header": repair_images.write_header,
     "shed": repair_images.take_shed,
@@ -100,27 +101,57 @@ async def _of_image(vm: VM, image: Image) -> list[Repair]:
 
 
 async def carry_out(vm: VM, repair: Repair) -> None:
-    """Put one thing right. The VM's lock is held, its journal is empty. Raise what stands in the way."""
+    """Put one thing right. The VM's lock is held, its journal is empty.
+
+    Raise what stands in the way, nothing was written then; Unfinished when something was, and the journal knows.
+    """
     data = {"name": f"{repair.kind} {repair.path.name or repair.subject}", "kind": repair.kind, "image": repair.image,
-            "path": str(repair.path)}  # fmt: skip
+            "path": str(repair.path), "begun": False}  # fmt: skip
     entry = journal.begin(vm.home, "repair", new_id(), now_utc(), data)
     try:
         await redo(vm, entry)
-    finally:
-        entry.close()
+    except BaseException as error:
+        if not entry.data["begun"]:
+            entry.close()
+        elif isinstance(error, DiskchainError | OSError):
+            raise _unfinished(vm, entry, error) from error
+        raise
+    entry.close()
 
 
 async def redo(vm: VM, entry: Entry) -> None:
     """Do what an entry says, from wherever it stopped."""
-    await _DO[entry.data["kind"]](vm, entry.data["image"], Path(entry.data["path"]))
+    await _DO[entry.data["kind"]](vm, entry.data["image"], Path(entry.data["path"]), lambda: _begin(entry))
     point("repair.done-one")
 
 
-async def resume(vm: VM, entry: Entry) -> tuple[str, str]:
-    """Recovery. What does not apply any more is let go of: it must not keep the VM from anything."""
+def _begin(entry: Entry) -> None:
+    if not entry.data["begun"]:
+        entry.note(begun=True)
+        point("repair.begun")
+
+
+def _unfinished(vm: VM, entry: Entry, error: Exception) -> Unfinished:
+    return Unfinished(f"{entry.data['name']}: {error}; stopped half-way",
+                      hint=f"put right the cause, then: diskchain recover {vm.name} (with --undo it is let go of)")  # fmt: skip
+
+
+async def resume(vm: VM, entry: Entry, *, undo: bool = False) -> tuple[str, str]:
+    """Recovery. What was not begun, or does not apply any more, is let go of: it must not keep the VM from anything.
+
+    Raise Unfinished when the disk failed once more (`undo`: let go of it).
+    """
+    if not entry.data.setdefault("begun", True):  # an entry of before this was noted
+        entry.close()
+        return "undone", f"nothing was written; diskchain check {vm.name} --repair finds it again"
+    if undo:
+        entry.close()
+        return "undone", f"it is let go of; diskchain check {vm.name} says how it is"
     try:
         await redo(vm, entry)
     except (DiskchainError, OSError) as error:
+        if not isinstance(error, DriverFailed) and getattr(error, "exit_code", 1) in (1, 7, 9):
+            raise _unfinished(vm, entry, error) from error
         entry.close()
         return "undone", f"it can't be done any more ({error}); diskchain check {vm.name} says how it is"
     entry.close()

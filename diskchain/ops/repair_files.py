@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from diskchain.chain.model import Catalog, Image
@@ -67,8 +67,9 @@ def _only(chain: list[Image]) -> Catalog:
     return Catalog("", "", {image.id: image for image in chain}, {chain[0].target: chain[0].id})
 
 
-async def realign(vm: VM, image_id: str, path: Path) -> None:
+async def realign(vm: VM, image_id: str, path: Path, begin: Callable[[], None]) -> None:
     """Let the definition follow the catalog."""
+    begin()
     if vm.registered is None:
         await vm.driver.align(vm.catalog.active_chains())
         return
@@ -149,12 +150,13 @@ def _unfinished_saves(vm: VM) -> Iterator[tuple[Path, str]]:
             yield directory, f"no snapshot has it, and it holds {len(inside)} unfinished files"
 
 
-async def remove(vm: VM, image_id: str, path: Path) -> None:
+async def remove(vm: VM, image_id: str, path: Path, begin: Callable[[], None]) -> None:
     """Remove a file, or the directory of an unfinished save, after a second look. Raise Refused when it is no rubbish now."""
     if not os.path.lexists(path):
         return
     if path not in dict(rubbish(vm)):
         raise Refused(f"{path} is not what it was a moment ago", hint=f"diskchain check {vm.name}")
+    begin()
     if path.is_dir():
         for entry in path.iterdir():
             files.unlink_durably(entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,13 +49,19 @@ def moved_to(vm: VM, image: Image) -> Path | None:
     return free[0] if len(free) == 1 else None
 
 
-async def relink(vm: VM, image_id: str, place: Path) -> None:
+async def relink(vm: VM, image_id: str, place: Path, begin: Callable[[], None]) -> None:
     """Let everything that stands on a layer name it where it is now: headers, catalog, definition. Can be repeated."""
     image = vm.catalog.images[image_id]
     here = replace(image, path=place)
     layers.verify_frozen(here)
-    _bring_seal(image.path, place)
+    seal = _seal_to_bring(image.path, place)
     overlays = vm.catalog.overlays_on(image_id)
+    for overlay in overlays:
+        if not layers.names_backing(overlay.path, here):
+            layers.verify_frozen(overlay)
+    begin()
+    if seal is not None:
+        _bring_seal(seal, image.path, place)
     for overlay in overlays:
         await _name(overlay, here)
         point("repair.relinked-one")
@@ -67,20 +74,23 @@ async def relink(vm: VM, image_id: str, place: Path) -> None:
 
 async def _name(overlay: Image, below: Image) -> None:
     if not layers.names_backing(overlay.path, below):
-        layers.verify_frozen(overlay)
         await qemu_img.rebase(overlay.path, qemu_img.backing_name_for(overlay.path, below.path), below.fmt)
         files.fsync_file(overlay.path)
     layers.verify_reference(overlay, below)
 
 
-def _bring_seal(was: Path, now: Path) -> None:
-    """A seal follows its image; with a digest in it that is compared first. Raise ChainDamaged."""
+def _seal_to_bring(was: Path, now: Path) -> Seal | None:
+    """Return the seal that lies where an image was; with a digest in it that is compared first. Raise ChainDamaged."""
     seal = seal_store.load(was)
     if seal is None or seal_store.is_sealed(now):
-        return
+        return None
     if seal.sha256 and files.sha256_file(now) != seal.sha256:
         raise ChainDamaged(f"{now} has the fingerprint of {was}, and other content than was sealed",
                            hint="bring the right file back from a backup")  # fmt: skip
+    return seal
+
+
+def _bring_seal(seal: Seal, was: Path, now: Path) -> None:
     seal_store.save(now, replace(seal, name=now.name, mtime_ns=now.stat().st_mtime_ns))
     files.unlink_durably(seal_store.place(was))
 
@@ -126,7 +136,7 @@ def _fits(image: Image, candidate: bytes) -> bool:
         os.close(fd)
 
 
-async def write_header(vm: VM, image_id: str, path: Path) -> None:
+async def write_header(vm: VM, image_id: str, path: Path, begin: Callable[[], None]) -> None:
     """Write the header that fits, and verify it. Nothing is done when it is right already. Raise ChainDamaged."""
     image = vm.catalog.images[image_id]
     if not _differing(image):
@@ -134,6 +144,7 @@ async def write_header(vm: VM, image_id: str, path: Path) -> None:
     header = await header_for(vm, image)
     if header is None:
         raise ChainDamaged(f"{path}: the header that the catalog knows does not fit", hint="bring the file back")
+    begin()
     _overwrite(path, header)
     layers.verify_frozen(image)
 
@@ -165,9 +176,10 @@ async def has_shed(image: Image) -> bool:
     return not (await qemu_img.check(qemu_img.unlocked(image.path, image.fmt))).corruptions
 
 
-async def take_shed(vm: VM, image_id: str, path: Path) -> None:
+async def take_shed(vm: VM, image_id: str, path: Path, begin: Callable[[], None]) -> None:
     """Record a layer as it is, if that is so."""
     if await has_shed(vm.catalog.images[image_id]):
+        begin()
         vm.save(layers.freeze(vm.catalog, [image_id]))
 
 
@@ -182,10 +194,11 @@ def sealed_again(image: Image) -> Seal | None:
     return seal if seal and seal.mtime_ns == image.path.stat().st_mtime_ns else None
 
 
-async def take_seal(vm: VM, image_id: str, path: Path) -> None:
+async def take_seal(vm: VM, image_id: str, path: Path, begin: Callable[[], None]) -> None:
     """Record a base as it is."""
     image = vm.catalog.images[image_id]
     if sealed_again(image):
+        begin()
         vm.save(layers.freeze(vm.catalog, [image_id]))
 
 
@@ -200,10 +213,11 @@ async def leaks_of(vm: VM, image: Image) -> int:
     return found.leaks
 
 
-async def repair_leaks(vm: VM, image_id: str, path: Path) -> None:
+async def repair_leaks(vm: VM, image_id: str, path: Path, begin: Callable[[], None]) -> None:
     """Let the clusters go, under the image guard; what a guest reads stays as it is, and so do its tables."""
     image = vm.catalog.images[image_id]
     with locks.guard_images([path], wait=locks.GUARD_WAIT, users=locks.open_by) as guard:
+        begin()
         await qemu_img_repair.repair_leaks(qemu_img.unlocked(path, image.fmt), guard.fds)
         point("repair.leaks")
         guard.sync(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.refusals import grow_tree, refused, unchanged
+from tests.support.refusals import check_error, grow_tree, refused, unchanged
 from tests.support.rig import MiB, Rig
 from tests.support.sample import some
 
@@ -118,3 +118,28 @@ def test_what_is_unsure_is_only_reported(broken: tuple[Rig, Path]) -> None:
     said = {(f["code"], Path(f["subject"].split()[-1]).name) for f in answer.json["findings"]}
     assert {("layer-missing", "vda.qcow2"), ("orphan-overlay", orphan.name), ("layer-changed", layer.name)} <= said
     assert orphan.exists() and moved.exists()
+
+
+@pytest.mark.parametrize("point", ["repair.relinked-one", "repair.header-half", "repair.leaks"])
+def test_error_half_way_is_unfinished_and_recover_finishes_it(broken: tuple[Rig, Path], point: str) -> None:
+    """Exit 3, because something was written; what had not begun stays for the next repair."""
+    rig, template = broken
+    rig.restore_template(template)
+    answer = rig.run("--json", "check", "vm", "--repair", "-y", fault=f"fail:{point}")
+    check_error(answer, code=3, says="diskchain recover vm")
+    assert len(rig.journal()) == 1
+    assert "put right" in rig.ok("recover", "vm").out
+    assert rig.run("check", "vm", "--repair", "-y").code == 0
+    assert whole(rig) == []
+
+
+def test_error_half_way_that_stays_keeps_the_entry_until_it_is_let_go_of(broken: tuple[Rig, Path]) -> None:
+    """The disk fails again: nothing is forgotten; with --undo it is, and the next repair finds it anew."""
+    rig, template = broken
+    rig.restore_template(template)
+    fault = "fail:repair.relinked-one"
+    assert rig.run("check", "vm", "--repair", "-y", fault=fault).code == 3
+    assert rig.run("recover", "vm", fault=fault).code == 3 and len(rig.journal()) == 1
+    assert "let go of" in rig.ok("recover", "vm", "--undo", "-y").out and not rig.journal()
+    assert rig.run("check", "vm", "--repair", "-y").code == 0
+    assert whole(rig) == []
