@@ -27,7 +27,8 @@ from diskchain.errors import BadName, ChainDamaged, NotFound
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 
 Fingerprint = Mapping[str, object]
-"""What a frozen image must still look like: size, virtual_size and sha256 of its tables (raw: mtime_ns)."""
+"""What a frozen image must still look like: size, virtual_size and sha256 of its tables (raw: mtime_ns). What is only
+compared in some places (`map`, `written_ns`): ops/approve.py."""
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def fingerprint(path: Path, fmt: str) -> dict[str, object]:
     """Return what tells a frozen image from a changed one: size and virtual_size in bytes, and
     qcow2: sha256 (hex) over header cluster, L1 table and all L2 tables, which changes when a write allocates or moves
     a cluster; raw: mtime_ns. Data written in place into an allocated cluster does not show.
+    qcow2: written_ns, too, the time of its last write. A copy has another one: no change, but no proof either (moved.py).
     qcow2 with bitmaps or internal snapshots of its own: map, too, which stays when these are removed from it.
 
     Raise as `approve_chain` does for a single image.
@@ -71,7 +72,8 @@ def fingerprint(path: Path, fmt: str) -> dict[str, object]:
             return {"size": size, "virtual_size": _raw_size(size), "mtime_ns": opened.status.st_mtime_ns}
         header = checked_header(opened, reject=False)
         digest = _metadata_digest(opened.fd, header, size, opened.path)
-        found: dict[str, object] = {"size": size, "virtual_size": header.virtual_size, "sha256": digest}
+        found: dict[str, object] = {"size": size, "virtual_size": header.virtual_size, "sha256": digest,
+                                    "written_ns": opened.status.st_mtime_ns}  # fmt: skip
         if header.has_bitmaps or header.snapshots:
             found["map"] = _map_digest(opened.fd, header, size, opened.path)
         return found
@@ -81,7 +83,7 @@ def fingerprint(path: Path, fmt: str) -> dict[str, object]:
 
 def differing(recorded: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Return what tells that a frozen image was changed, given its fingerprints of then and of now."""
-    return sorted(key for key in recorded if key != "map" and now.get(key) != recorded[key])
+    return sorted(key for key in recorded if key not in ("map", "written_ns") and now.get(key) != recorded[key])
 
 
 def map_of(path: Path) -> str:

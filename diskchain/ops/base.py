@@ -201,7 +201,7 @@ def find(host: Host, wanted: dict[str, object], fmt: str, *more: Path) -> list[P
     for names in images_known.scan(images_known.directories(host, *more)).names.values():
         with contextlib.suppress(DiskchainError, OSError):
             path = names[0]
-            if path.stat().st_size == wanted.get("size") and fingerprint(path, fmt) == wanted:
+            if path.stat().st_size == wanted.get("size") and not differing(wanted, fingerprint(path, fmt)):
                 found.append(path)
     return sorted(found)
 

@@ -28,7 +28,7 @@ from diskchain.errors import (
     UnsupportedDisk,
 )
 from diskchain.host import files, locks, qemu_img
-from diskchain.ops import check_domain, check_states, drift, layers, leftovers
+from diskchain.ops import check_domain, check_states, drift, layers, leftovers, moved
 from diskchain.ops.approve import checked_header, differing, fingerprint
 from diskchain.ops.looked import Look, look
 from diskchain.ops.vm import Host, definition_at
@@ -86,7 +86,7 @@ def _files(host: Host, seen: Look, catalog: Catalog, home: Home, deep: bool) -> 
         found += drift.run_record(seen.name, seen.changed, seen.no_record)
     if not seen.busy:
         for image in catalog.images.values():
-            found += _layer(seen, catalog, image)
+            found += _layer(host, seen, catalog, image)
         found += _writers(seen, catalog)
     found += detached(catalog)
     found += deep_chains(seen.name, max((len(c) for c in catalog.active_chains().values()), default=0))
@@ -119,13 +119,15 @@ def _records(seen: Look, home: Home) -> Iterator[Finding]:
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
-def _layer(seen: Look, catalog: Catalog, image: Image) -> Iterator[Finding]:
+def _layer(host: Host, seen: Look, catalog: Catalog, image: Image) -> Iterator[Finding]:
     """One image: there, approved, as the catalog says, unchanged since it was frozen."""
     where = f"{image.target} {image.path}"
     try:
         header, status = _opened(image)
     except DiskchainError as problem:
         yield _unusable(where, image, problem)
+        if isinstance(problem, NotFound):
+            yield from _alike(host, catalog, image, where)
         return
     then = "; then: diskchain check --repair" if image.fingerprint else ""
     if header is not None and header.snapshots:
@@ -163,6 +165,14 @@ def _unusable(where: str, image: Image, problem: DiskchainError) -> Finding:
     }  # fmt: skip
     return error(codes.get(type(problem), "layer-damaged"), where, problem.message,
                  problem.hint or "bring the right file back")  # fmt: skip
+
+
+def _alike(host: Host, catalog: Catalog, image: Image, where: str) -> Iterator[Finding]:
+    """Files that could be a lost layer, and why `--repair` does not take them."""
+    found = moved.find(host, catalog, image)
+    for one in found if moved.place(found) is None else ():
+        doubt, remedy = one.doubt or "is one of several that fit", one.remedy or f"mv the right one to '{image.path}'"
+        yield info("layer-alike", where, f"{one.path} has its fingerprint, and {doubt}", remedy)
 
 
 def _against_catalog(catalog: Catalog, image: Image, header: Header | None, where: str) -> Iterator[Finding]:

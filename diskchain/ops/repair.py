@@ -1,6 +1,7 @@
 """check --repair: what is put right of a VM that is off, each thing with the evidence for it; what is unsure is left alone.
 
-relink      a layer is gone from its place, and exactly one file that is nobody else's has its fingerprint
+relink      a layer is gone from its place, and exactly one file that is nobody else's has its fingerprint, and the time of
+            its last write or the digest of its seal (moved.py)
 header      a layer's header is torn or names something else, and with the header that the catalog knows its fingerprint
             is the one that was recorded: proven before anything is written
 shed        bitmaps or internal snapshots were removed from a layer, and nothing else of it was changed
@@ -25,7 +26,7 @@ from pathlib import Path
 from diskchain.chain.model import Image
 from diskchain.errors import DiskchainError, DriverFailed, Unfinished, VMRunning
 from diskchain.host.fault import point
-from diskchain.ops import repair_files, repair_images
+from diskchain.ops import moved, repair_files, repair_images
 from diskchain.ops.vm import VM, new_id, now_utc, refuse_unfinished
 from diskchain.store import journal
 from diskchain.store.journal import Entry
@@ -77,9 +78,11 @@ async def find(vm: VM) -> list[Repair]:
 async def _of_image(vm: VM, image: Image) -> list[Repair]:
     where = f"{image.target} {image.path}"
     if not os.path.lexists(image.path):
-        place = await asyncio.to_thread(repair_images.moved_to, vm, image)
-        evidence = f"it is not there; {place} has its fingerprint, and no other file in a known directory"
-        return [Repair("relink", where, evidence, f"go on with {place}", image.id, place)] if place else []
+        found = moved.place(await asyncio.to_thread(moved.find, vm.host, vm.catalog, image))
+        if found is None:
+            return []
+        evidence = f"it is not there; {found.path} has its fingerprint and {found.proof}, and no other file in a known directory"
+        return [Repair("relink", where, evidence, f"go on with {found.path}", image.id, found.path)]
     with contextlib.suppress(DiskchainError):
         if await repair_images.header_for(vm, image):
             evidence = (

@@ -14,7 +14,7 @@ from diskchain.chain.model import Catalog, Image
 from diskchain.errors import ChainDamaged, DiskchainError
 from diskchain.host import files, locks, qemu_img, qemu_img_repair
 from diskchain.host.fault import point
-from diskchain.ops import base, images_known, layers, redefine, sharers
+from diskchain.ops import layers, redefine, sharers
 from diskchain.ops.approve import check_l2, differing, fingerprint, map_of
 from diskchain.ops.vm import VM
 from diskchain.store import seal as seal_store
@@ -33,20 +33,6 @@ def _differing(image: Image) -> list[str] | None:
 
 
 # -- moved -------------------------------------------------------------------------------------------------------------
-
-
-def moved_to(vm: VM, image: Image) -> Path | None:
-    """Return where a frozen layer that is gone from its place lies now: the only file with its fingerprint, nobody else's."""
-    if image.fingerprint is None:
-        return None
-    beside = {i.path.parent for i in vm.catalog.images.values()}
-    taken = {sharers.identity(i.path) for i in vm.catalog.images.values()}
-    for other, catalog in images_known.catalogs(vm.host):
-        if other.uuid != vm.driver.uuid:
-            taken |= {sharers.identity(catalog.images[i].path) for i in catalog.active.values() if i in catalog.images}
-    found = base.find(vm.host, dict(image.fingerprint), image.fmt, *beside)
-    free = [path for path in found if sharers.identity(path) not in taken]
-    return free[0] if len(free) == 1 else None
 
 
 async def relink(vm: VM, image_id: str, place: Path, begin: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -136,3 +137,26 @@ def test_moved_domain_starts_with_virsh_and_is_found(saved: Saved) -> None:
     rig.expected["s4"] = rig.expected["now"]
     rig.ok("delete", "vm", "s3", "-y")
     assert set(rig.verdict(present="now")) == {"orphan vda.qcow2", "orphan vdb.raw"}
+
+
+def test_disk_of_a_domain_without_records_is_not_taken_for_a_lost_layer(saved: Saved) -> None:
+    """Its content, its time: all fits, and it is another domain's."""
+    saved.back()
+    rig = saved.rig
+    layer, copy = rig.snapshots()["s2"]["vda"], rig.dir / "other.qcow2"
+    shutil.copy2(layer, copy)
+    xml = rig.dir / "other.xml"
+    text = re.sub(r"<uuid>.*</uuid>", "", rig.virsh("dumpxml", "vm", "--inactive"))
+    text = re.sub(r"<disk .*</disk>", f"""<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
+        <source file='{copy}'/><target dev='vda' bus='virtio'/></disk>""", text, flags=re.DOTALL)  # fmt: skip
+    xml.write_text(text.replace("<name>vm</name>", "<name>other</name>"))
+    rig.virsh("define", str(xml))
+    try:
+        layer.unlink()
+        answer = rig.run("--json", "check", "vm", "--repair", "-y").json
+    finally:
+        rig.virsh("undefine", "other")
+    assert answer["repaired"] == []
+    assert ["the domain other uses it" in f["evidence"] for f in answer["findings"] if f["code"] == "layer-alike"] == [
+        True
+    ]
