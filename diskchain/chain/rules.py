@@ -98,12 +98,15 @@ def detached(catalog: Catalog) -> Iterator[Finding]:
 
 
 def _has_circle(above: Mapping[str, str | None]) -> bool:
+    sound: set[str] = set()
     for start in above:
-        at: str | None = start
-        for _ in above:
-            at = above.get(at) if at is not None else None
-        if at is not None:
-            return True
+        at, walk = above[start], {start}
+        while at is not None and at not in sound:
+            if at in walk:
+                return True
+            walk.add(at)
+            at = above.get(at)
+        sound |= walk
     return False
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from diskchain.chain.deletion import Deletion, Fold
+from diskchain.chain.deletion import Deletion, Fold, after
 from diskchain.chain.model import Catalog, layer_name
 from diskchain.chain.plan import Plan
 from diskchain.errors import DiskchainError, NoSpace, NotFound, UnsupportedDisk
@@ -20,20 +20,25 @@ from diskchain.store import journal
 
 
 def items(catalog: Catalog, deletions: Sequence[Deletion], directory: Path) -> list[Item]:
-    """Return the new files. Raise NotFound without that directory, UnsupportedDisk for what can't be written elsewhere."""
+    """Return the new files, lower ones first.
+
+    Raise NotFound without that directory, UnsupportedDisk for what can't be written elsewhere.
+    """
     if not directory.is_dir():
         raise NotFound(f"{directory} is no directory", hint="make it; QEMU's user must be able to search it")
     if any(d.pulls for d in deletions) or len(deletions) > 1:
         raise UnsupportedDisk("a layer that diskchain did not make, or that is copied, can't be written elsewhere",
                               hint="leave --to away, or --copy")  # fmt: skip
-    return [_item(catalog, fold, directory.resolve()) for d in deletions for fold in d.folds]
+    found = [_item(catalog, d, fold, directory.resolve()) for d in deletions for fold in d.folds]
+    return sorted(found, key=lambda item: len(catalog.chain(item.id)))
 
 
-def _item(catalog: Catalog, fold: Fold, directory: Path) -> Item:
+def _item(catalog: Catalog, deletion: Deletion, fold: Fold, directory: Path) -> Item:
+    """It stands on what is there when all is done: what `into` stands on now may be in another fold."""
     base = catalog.chain(fold.into.id)[-1]
     name = layer_name(base.path, fold.target, new_id())
     layers = (fold.into.id, *(i.id for i in reversed(fold.gone)))
-    return Item(fold.into.id, directory / name, layers, fold.into.backing)
+    return Item(fold.into.id, directory / name, layers, after(catalog, deletion).images[fold.into.id].backing)
 
 
 async def check(vm: VM, deletions: Sequence[Deletion], found: Sequence[Item]) -> None:

@@ -35,6 +35,7 @@ from diskchain.ops.approve import approve_chain
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, remove_snapshot_dir
+from diskchain.store import catalog as catalog_store
 from diskchain.store.journal import Entry
 
 METADATA = 4 * MiB  # tables of a new image
@@ -118,6 +119,7 @@ async def carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
     count = need(vm.catalog, items) - METADATA * len(items)
     with contextlib.ExitStack() as stack:
         try:
+            catalog_store.verify(after(vm, entry))
             guard = stack.enter_context(guarded(vm, items))
             await make_all(vm, items, guard, progress)
             await require_off(vm)
@@ -158,7 +160,7 @@ async def make_all(vm: VM, items: Sequence[Item], guard: ImageGuard, progress: P
         if item.exact:
             await _copy(vm.catalog, item, items, progress)
         else:
-            await _write(vm.catalog, item, guard, progress)
+            await _write(vm.catalog, item, items, guard, progress)
         point("elsewhere.made-one")
     for directory in {item.path.parent for item in items}:
         files.fsync_dir(directory)
@@ -193,20 +195,28 @@ async def _copy(catalog: Catalog, item: Item, items: Sequence[Item], progress: P
 
 
 async def _name_backing(catalog: Catalog, item: Item, items: Sequence[Item]) -> None:
-    if item.backing is None:
+    below = _below(catalog, item, items)
+    if below is None:
         return
-    places = {other.id: other.path for other in items}
-    below = replace(catalog.images[item.backing], path=places.get(item.backing, catalog.images[item.backing].path))
     name = qemu_img.backing_name_for(item.path, below.path)
     await qemu_img.rebase(item.path, name, below.fmt)
     files.fsync_file(item.path)
     layers.verify_reference(replace(catalog.images[item.id], path=item.path), below)
 
 
-async def _write(catalog: Catalog, item: Item, guard: ImageGuard, progress: Progress) -> None:
-    """A new qcow2 image that takes what the layers hold, one after the other."""
+def _below(catalog: Catalog, item: Item, items: Sequence[Item]) -> Image | None:
+    """What the new file stands on: an image as it lies afterwards."""
+    if item.backing is None:
+        return None
+    image = catalog.images[item.backing]
+    new = next((other for other in items if other.id == item.backing), None)
+    return image if new is None else replace(image, path=new.path, fmt=image.fmt if new.exact else "qcow2")
+
+
+async def _write(catalog: Catalog, item: Item, items: Sequence[Item], guard: ImageGuard, progress: Progress) -> None:
+    """A new qcow2 image that takes what the layers hold, one after the other. What it stands on is whole by now."""
     top = catalog.images[item.layers[-1]]
-    below = catalog.images[item.backing] if item.backing else None
+    below = _below(catalog, item, items)
     fd = files.create_exclusive(item.path)
     try:
         point("elsewhere.created")
@@ -217,12 +227,12 @@ async def _write(catalog: Catalog, item: Item, guard: ImageGuard, progress: Prog
             await qemu_img.create(fd, qemu_img.backing_name_for(item.path, below.path), below.fmt, virtual_size)
         files.copy_owner(top.path, item.path)
         os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IRUSR | stat.S_IWUSR)
-        await _fill(catalog, item, guard, progress)
+        into = qemu_img.unlocked(item.path, "qcow2", _new_below(catalog, item, items))
+        await _fill(catalog, item, into, guard, progress)
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
-    into = qemu_img.unlocked(item.path, "qcow2", _node(catalog, item.backing))
     found = await qemu_img.check(into)
     if not found.clean:
         raise ChainDamaged(f"{item.path} is not clean ({found.corruptions} errors, {found.leaks} leaks)")
@@ -230,8 +240,7 @@ async def _write(catalog: Catalog, item: Item, guard: ImageGuard, progress: Prog
     point("elsewhere.compared")
 
 
-async def _fill(catalog: Catalog, item: Item, guard: ImageGuard, progress: Progress) -> None:
-    into = qemu_img.unlocked(item.path, "qcow2", _node(catalog, item.backing))
+async def _fill(catalog: Catalog, item: Item, into: dict[str, Any], guard: ImageGuard, progress: Progress) -> None:
     for image_id in item.layers:
         image = catalog.images[image_id]
         count = files.allocated_bytes(image.path)
@@ -255,6 +264,14 @@ def _node(catalog: Catalog, image_id: str | None) -> dict[str, Any] | None:
     for image in reversed(catalog.chain(image_id)) if image_id else ():
         node = {**qemu_img.unlocked(image.path, image.fmt, node), "read-only": True}
     return node
+
+
+def _new_below(catalog: Catalog, item: Item, items: Sequence[Item]) -> dict[str, Any] | None:
+    """What the new file stands on, as nodes: new files, too."""
+    new = next((other for other in items if other.id == item.backing), None)
+    if new is None:
+        return _node(catalog, item.backing)
+    return {**qemu_img.unlocked(new.path, "qcow2", _new_below(catalog, new, items)), "read-only": True}
 
 
 # -- the switch --------------------------------------------------------------------------------------------------------

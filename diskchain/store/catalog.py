@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot
+from diskchain.chain.rules import dangling
 from diskchain.errors import DiskchainError, RecordDamaged
 from diskchain.host import files
 from diskchain.host.fault import point
@@ -92,12 +93,22 @@ def load(home: Home) -> Catalog:
 
 
 def save(home: Home, catalog: Catalog) -> None:
-    """Write the catalog and RECOVER.txt durably. At 0 bytes free the reserve is used. Raise NoSpace, Refused."""
+    """Write the catalog and RECOVER.txt durably. At 0 bytes free the reserve is used. Raise NoSpace, Refused; as `verify`
+    before anything is written.
+    """
     point("catalog.save.before")
-    body = _to_json(catalog, home.disks_dir)
-    home.reserve.write(home.catalog, record.dump("catalog", body))
-    home.reserve.write(home.recover_txt, recover_text(home, catalog).encode())
+    verify(catalog)
+    data, text = record.dump("catalog", _to_json(catalog, home.disks_dir)), recover_text(home, catalog).encode()
+    home.reserve.write(home.catalog, data)
+    home.reserve.write(home.recover_txt, text)
     point("catalog.save.after")
+
+
+def verify(catalog: Catalog) -> None:
+    """Raise RecordDamaged for a catalog with a name that leads nowhere: nobody could read it again."""
+    for finding in dangling(catalog):
+        raise RecordDamaged(f"the records of {catalog.name} would contradict themselves ({finding.evidence}); they stay as "
+                            "they are", hint="this is a bug, please report it; keep every file")  # fmt: skip
 
 
 def remove(records: Path) -> None:

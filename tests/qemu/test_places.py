@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,45 @@ def rig_at(rig: Roaming, place: Path) -> Roaming:
     found = Roaming(place, size=rig.size, expected=rig.expected)
     os.rmdir(found.run_dir)
     return found
+
+
+@pytest.fixture(scope="module")
+def gaps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Roaming, Path]]:
+    """s1 - s2 with the children s3 - s4 - s5 - before-revert-1 and s6 - s7 - (now); and a copy of it all."""
+    rig = Roaming(tmp_path_factory.mktemp("gaps") / "vm", size=8 * MiB)
+    rig.build(guest=False)
+    for number in range(1, 6):
+        grow_one(rig, number)
+    rig.expected["before-revert-1"] = rig.expected["now"]
+    rig.ok("revert", "vm", "s2", "-y")
+    for number in (6, 7):
+        grow_one(rig, number)
+    template = rig.save_template()
+    yield rig, template
+    rig.destroy()
+    shutil.rmtree(template)
+
+
+def grow_one(rig: Roaming, number: int) -> None:
+    """A snapshot; then some clusters are written, the first and the last in part."""
+    rig.write(number, number * 700 * 1000, 300 * 1000)
+    rig.remember(f"s{number}")
+    rig.ok("create", "vm", f"s{number}")
+    rig.write(number + 10, number * 600 * 1000, 200 * 1000)
+    rig.remember("now")
+
+
+@pytest.mark.parametrize("names", ["s3 s5", "s1 s3", "s1 s3 s6", "s1 s3 s5 s7", "s2 s3 s5", "s1 s4 s5 s7"])
+def test_delete_to_with_survivors_between_keeps_the_contents_of_each(gaps: tuple[Roaming, Path], names: str) -> None:
+    """In a line, across the fork at s2, up to the present: the upper new file stands on the lower one."""
+    rig, template = gaps
+    rig.restore_template(template)
+    there = rig.dir / "there"
+    rig.ok("delete", "vm", *names.split(), "--to", str(there), "-y")
+    assert set(names.split()).isdisjoint(rig.snapshots()) and list(there.glob("*.qcow2"))
+    assert [w for w in rig.verdict(present="now") if w not in ("orphan vda.qcow2", "orphan vdb.raw")] == []
+    rig.ok("list", "vm")
+    rig.ok("create", "vm", "s8")
 
 
 def test_create_on_a_full_volume_goes_to_another_one(small: Small) -> None:

@@ -31,6 +31,10 @@ CASES = {
         ("delete", "vm", "s1", "s2", "before-revert-1", "--to", THERE, "-y"), 18,
         gone=("s1", "s2", "before-revert-1"), let_go=("vda.qcow2", "vdb.raw"),
     ),
+    "delete-to-gap": Case(
+        ("delete", "vm", "s1", "s2", "before-revert-1", "s4", "--to", THERE, "-y"), 26,
+        gone=("s1", "s2", "before-revert-1", "s4"), let_go=("vda.qcow2", "vdb.raw"),
+    ),
 }  # fmt: skip
 
 

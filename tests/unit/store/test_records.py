@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,27 @@ def test_recover_txt_names_every_state_in_qemu_img_words(tmp_path: Path) -> None
     catalog_store.save(home, catalog)
     text = home.recover_txt.read_text()
     assert "qemu-img rebase -u -f qcow2 -F qcow2 -b" in text and "ümlaut" in text and str(tmp_path / "a.qcow2") in text
+
+
+@pytest.mark.parametrize("way", ["backing", "active", "disk", "parent", "current", "detached", "circle"])
+def test_a_catalog_with_a_name_that_leads_nowhere_is_not_written(tmp_path: Path, way: str) -> None:
+    """Neither file changes: who reads them afterwards finds the last ones that were whole."""
+    home, catalog = sample(tmp_path)
+    catalog_store.save(home, catalog)
+    before = home.catalog.read_bytes(), home.recover_txt.read_bytes()
+    snapshot, image = catalog.snapshots["s"], catalog.images["a"]
+    broken = {
+        "backing": catalog.with_images([replace(image, backing="gone")]),
+        "active": replace(catalog, active={"vda": "gone"}),
+        "disk": catalog.with_snapshot(replace(snapshot, disks={"vda": "gone"})),
+        "parent": catalog.with_snapshot(replace(snapshot, parent="gone")),
+        "current": replace(catalog, current="gone"),
+        "detached": replace(catalog, detached=("gone",)),
+        "circle": catalog.with_images([replace(image, backing="b")]),
+    }
+    with pytest.raises(RecordDamaged, match="contradict"):
+        catalog_store.save(home, broken[way])
+    assert (home.catalog.read_bytes(), home.recover_txt.read_bytes()) == before
 
 
 @pytest.mark.parametrize("cut", [0, 1, 50, -1])
