@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diskchain.errors import ChainDamaged, ToolFailed
+from diskchain.errors import ChainDamaged, Refused, ToolFailed
 from diskchain.host.process import Limits, open_memory, run
 
 METADATA = Limits()
+MAX_BACKING_NAME = 1023  # bytes; a limit of the format
 COPIED_AT_ONCE, IN_FLIGHT = 512 << 10, 8  # bytes of a piece; pieces at a time (4 MiB, one at a time: 1.3x as long)
 
 
@@ -75,18 +76,21 @@ async def create(fd: int, backing_name: str, backing_fmt: str, virtual_size: int
 
     The file is reached by descriptor (nobody can swap it for a link) and the backing file is not opened (-u).
     """
+    refuse_unnameable(backing_name)
     await run(["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", backing_name, "-F", backing_fmt,
                f"/proc/self/fd/{fd}", str(virtual_size)], limits=METADATA, pass_fds=[fd])  # fmt: skip
 
 
 async def rebase(overlay: Path, backing_name: str, backing_fmt: str) -> None:
     """Change only the reference to the backing file (`-u`). Exit code 0 is no proof (facts.md): re-read the header."""
+    refuse_unnameable(backing_name)
     await run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", backing_fmt, "-b", backing_name, str(overlay)],
               limits=METADATA)  # fmt: skip
 
 
 async def rebase_node(overlay: dict[str, Any], backing_name: str, backing_fmt: str) -> None:
     """As `rebase`, of an image that we guard; without a name it stands on nothing."""
+    refuse_unnameable(backing_name)
     fmt = ["-F", backing_fmt] if backing_name else []
     await run(["qemu-img", "rebase", "-u", *fmt, "-b", backing_name, _json(overlay)], limits=METADATA)
 
@@ -114,19 +118,19 @@ async def check(node: dict[str, Any], *, repair: bool = False, direct: bool = Fa
 async def commit(
     overlay: dict[str, Any],
     *,
-    base: Path | None = None,
+    base: str = "",
     direct: bool,
     guard: Sequence[int],
     on_percent: Callable[[float], None],
     pace: Pace = AS_FAST_AS_IT_CAN,
 ) -> None:
-    """Write the overlay's data into its backing file, or with those of the layers between into `base`.
+    """Write the overlay's data into its backing file, or with those of the layers between into `base`, as QEMU calls it.
 
     The overlay stays as it is (`-d`; `-b` implies it), so the commit can be done again (290 of 290 kills, facts.md).
     `guard`: descriptors that carry our locks; the engine inherits them, so the locks live as long as it does.
     """
     await run(["qemu-img", "commit", "-p", "-d", "-t", "none" if direct else "writeback",
-               *_rate(pace), *(["-b", str(base)] if base else []), _json(overlay)],
+               *_rate(pace), *(["-b", base] if base else []), _json(overlay)],
               timeout=None, pass_fds=guard, on_output=_percent(on_percent), idle=pace.idle)  # fmt: skip
 
 
@@ -264,5 +268,24 @@ async def compare(one: dict[str, Any], other: dict[str, Any], *, direct: bool) -
 
 
 def backing_name_for(overlay: Path, backing: Path) -> str:
-    """Return how an overlay names its backing file: the plain name within one directory, else the absolute path."""
-    return backing.name if overlay.parent == backing.parent else os.fspath(backing)
+    """Return how an overlay names its backing file: the plain name within one directory, else the absolute path.
+
+    `./NAME` where there is a colon in it: QEMU takes what stands before a colon, without a slash, for a protocol.
+    """
+    if overlay.parent != backing.parent:
+        return os.fspath(backing)
+    return f"./{backing.name}" if ":" in backing.name else backing.name
+
+
+def refuse_unnameable(backing_name: str) -> None:
+    """Raise Refused for what no header may name: control characters, bytes that are no UTF-8, more than fits.
+
+    With such a name in its header we would refuse the overlay ourselves at the next start.
+    """
+    if any(code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code <= 0xDFFF for code in map(ord, backing_name)):
+        what = "it has control characters, or bytes that are no UTF-8"
+    elif len(backing_name.encode()) > MAX_BACKING_NAME:
+        what = f"it has more than {MAX_BACKING_NAME} bytes"
+    else:
+        return
+    raise Refused(f"no image can stand on {backing_name!r}: {what}", hint="rename the file or its directory")

@@ -26,6 +26,7 @@ from diskchain.ops.ids import now_utc
 from diskchain.ops.images_known import Identity
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import Host
+from diskchain.ops.written import refuse_unwritable
 from diskchain.store import seal as seal_store
 from diskchain.store.seal import Seal
 
@@ -58,9 +59,10 @@ def format_of(host: Host, image: Path, said: str | None) -> str:
 def plan_seal(host: Host, image: Path, fmt: str, *, digest: bool) -> Plan:
     """Look at what stands in the way of a seal, and return what it does. Changes nothing.
 
-    Raise NotFound, HostileImage, Busy when somebody writes to it, HasSharers when a VM does so when it runs, ChainDamaged
+    Raise BadName, NotFound, HostileImage, Busy when somebody writes to it, HasSharers when a VM does so when it runs, ChainDamaged
     when it is not any more what an older seal says.
     """
+    refuse_unwritable(image)
     found = approve_chain(image, fmt)[0]
     refuse_writer(image)
     writers = [user.who for user in users(host, image) if user.how == "writes to it"]

@@ -111,7 +111,7 @@ def _records(seen: Look, home: Home) -> Iterator[Finding]:
                       f"any change writes it again: diskchain create {seen.name}")  # fmt: skip
     elif seen.catalog and not seen.busy and not seen.in_flight:
         with contextlib.suppress(OSError):
-            if home.recover_txt.read_bytes() != catalog_store.recover_text(home, seen.catalog).encode():
+            if home.recover_txt.read_bytes() != catalog_store.recover_text(home, seen.catalog):
                 yield info("recover-text-old", str(home.recover_txt), "it is not what the catalog says",
                            "the next change writes it again")  # fmt: skip
 

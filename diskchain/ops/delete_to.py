@@ -16,16 +16,18 @@ from diskchain.ops.elsewhere import Item
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, new_id, now_utc
+from diskchain.ops.written import refuse_unwritable
 from diskchain.store import journal
 
 
 def items(catalog: Catalog, deletions: Sequence[Deletion], directory: Path) -> list[Item]:
     """Return the new files, lower ones first.
 
-    Raise NotFound without that directory, UnsupportedDisk for what can't be written elsewhere.
+    Raise NotFound without that directory, BadName, UnsupportedDisk for what can't be written elsewhere.
     """
     if not directory.is_dir():
         raise NotFound(f"{directory} is no directory", hint="make it; QEMU's user must be able to search it")
+    refuse_unwritable(directory.resolve())
     if any(d.pulls for d in deletions) or len(deletions) > 1:
         raise UnsupportedDisk("a layer that diskchain did not make, or that is copied, can't be written elsewhere",
                               hint="leave --to away, or --copy")  # fmt: skip

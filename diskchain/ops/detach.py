@@ -21,6 +21,7 @@ from diskchain.ops.elsewhere import Item
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, new_id, now_utc
+from diskchain.ops.written import refuse_unwritable
 from diskchain.store import journal
 
 
@@ -34,8 +35,10 @@ class Detach:
 
 
 def plan(vm: VM, directory: Path | None) -> Detach:
-    """Return what a detach does. Raise NotFound when the VM stands on nothing but its own."""
+    """Return what a detach does. Raise NotFound when the VM stands on nothing but its own, BadName."""
     catalog = vm.catalog
+    if directory is not None:
+        refuse_unwritable(directory)
     bases = bases_of(vm)
     tops = [image for image in bases if _is_top(catalog, image, bases)]
     if not tops:

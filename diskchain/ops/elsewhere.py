@@ -86,12 +86,24 @@ async def check(vm: VM, items: Sequence[Item], more: int = 0, *, flat: bool = Fa
             _refuse_other_sizes(vm.catalog, item)
         if os.path.lexists(item.path):
             raise Refused(f"{item.path} exists already", hint="move it away, or choose another directory")
+    _refuse_unnameable(vm.catalog, items)
     layers.refuse_foreign_writers(vm.catalog)
     needed = need(vm.catalog, items, flat=flat) + more
     free = files.free_bytes(items[0].path.parent) if items else 0
     if items and needed > free:
         raise NoSpace(f"{size(needed)} are needed in {items[0].path.parent}, {size(free)} are free",
                       hint=f"another directory, or free {size(needed - free)} there")  # fmt: skip
+
+
+def _refuse_unnameable(catalog: Catalog, items: Sequence[Item]) -> None:
+    """Raise Refused when a header could not name what it stands on afterwards."""
+    new = {item.id: item for item in items}
+    for item in items:
+        if below := _below(catalog, item, items):
+            qemu_img.refuse_unnameable(qemu_img.backing_name_for(item.path, below.path))
+    for image in catalog.images.values():
+        if image.id not in new and image.backing in new:
+            qemu_img.refuse_unnameable(qemu_img.backing_name_for(image.path, new[image.backing].path))
 
 
 def need(catalog: Catalog, items: Sequence[Item], *, flat: bool = False) -> int:
@@ -199,8 +211,8 @@ async def _name_backing(catalog: Catalog, item: Item, items: Sequence[Item]) -> 
     if below is None:
         return
     name = qemu_img.backing_name_for(item.path, below.path)
-    await qemu_img.rebase(item.path, name, below.fmt)
-    files.fsync_file(item.path)
+    with files.synced(item.path):
+        await qemu_img.rebase(item.path, name, below.fmt)
     layers.verify_reference(replace(catalog.images[item.id], path=item.path), below)
 
 
@@ -338,8 +350,8 @@ def _held(paths: Sequence[Path], guard: ImageGuard | None) -> contextlib.Abstrac
 async def _relink(overlay: Image, below: Image) -> None:
     if not layers.names_backing(overlay.path, below):
         name = qemu_img.backing_name_for(overlay.path, below.path)
-        await qemu_img.rebase_node(qemu_img.unlocked(overlay.path, overlay.fmt), name, below.fmt)
-        files.fsync_file(overlay.path)
+        with files.synced(overlay.path):
+            await qemu_img.rebase_node(qemu_img.unlocked(overlay.path, overlay.fmt), name, below.fmt)
     layers.verify_reference(overlay, below)
 
 

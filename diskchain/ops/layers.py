@@ -124,7 +124,7 @@ def _virtual_size(image: Image) -> int:
 def plan_overlays(catalog: Catalog, on: Mapping[str, str], directory: Path | None = None) -> dict[str, Image]:
     """Given for each target the image to stand on, return the new overlays (not made yet), beside it or in `directory`.
 
-    Names: `layer_name`; they do not grow with the chain.
+    Names: `layer_name`; they do not grow with the chain. Raise Refused for one that is taken, or can't be written down.
     """
     overlays = {}
     for target, below_id in on.items():
@@ -133,6 +133,7 @@ def plan_overlays(catalog: Catalog, on: Mapping[str, str], directory: Path | Non
         path = (directory or below.path.parent) / layer_name(base.path, target, image_id)
         if os.path.lexists(path):  # before the journal knows the name: its undo unlinks what it knows
             raise Refused(f"{path} exists already", hint="move it away, then try again")
+        qemu_img.refuse_unnameable(qemu_img.backing_name_for(path, below.path))
         size = virtual_size(below.path, below.fmt)
         overlays[target] = Image(image_id, path, "qcow2", target, size, below_id, ours=True)
     return overlays
@@ -188,6 +189,11 @@ def verify_alone(image: Image) -> None:
 def stands_alone(image: Path) -> bool:
     """Whether an image's header names no backing file."""
     return not _header(image).backing_name
+
+
+def backing_name(image: Image) -> str:
+    """Return the backing file that an image's header names, as it stands there; nothing if none."""
+    return _header(image.path).backing_name or ""
 
 
 def names_backing(image: Path, below: Image) -> bool:

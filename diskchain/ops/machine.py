@@ -37,6 +37,7 @@ from diskchain.host.locks import vm_lock
 from diskchain.ops import sharers, state_files
 from diskchain.ops.approve import approve_chain, fingerprint
 from diskchain.ops.vm import Host, new_id, plain
+from diskchain.ops.written import refuse_unwritable
 from diskchain.store import catalog as catalog_store
 from diskchain.store.catalog import Home, homes_near
 
@@ -53,7 +54,7 @@ class Defined:
 async def define(host: Host, file: Path) -> Defined:
     """Define a machine from its file, or define it again. Which layer is active, only the catalog says.
 
-    Raise BadMachineFile naming key and line; NotFound, HostileImage for its images; Refused when an image belongs to
+    Raise BadMachineFile naming key and line, BadName; NotFound, HostileImage for its images; Refused when an image belongs to
     another VM, or is a lower layer of a chain.
     """
     known, machine, home, chains = await examine(host, file, parse(file))
@@ -84,6 +85,8 @@ async def examine(host: Host, file: Path, machine: Machine) -> tuple[Registered 
     machine = with_absolute_paths(machine, file.parent.absolute())
     known = _known(host.machines, machine.name)
     disks = [_with_format(file, d) for d in machine.disks]
+    for path in (file.absolute(), *(Path(d.image) for d in disks)):
+        refuse_unwritable(path)
     roots = [*host.config.image_roots, file.parent.resolve(), *(Path(d.image).parent for d in disks)]
     chains = {d.target: _approved(Path(d.image), d.fmt, roots) for d in disks}
     machine = replace(machine, disks=tuple(replace(d, image=str(chains[d.target][0].path)) for d in disks))

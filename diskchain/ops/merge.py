@@ -114,7 +114,7 @@ async def _move(fold: Fold, method: str, unclean: bool, guard: ImageGuard, tell:
         size = sum(files.allocated_bytes(i.path) for i in fold.gone)
         node = qemu_img.unlocked_chain([(i.path, i.fmt) for i in (*fold.gone, fold.into)])
         await qemu_img.commit(
-            node, base=fold.into.path, direct=direct, guard=guard.fds, on_percent=_bytes(tell, 0, size), pace=pace
+            node, base=_as_followed(fold), direct=direct, guard=guard.fds, on_percent=_bytes(tell, 0, size), pace=pace
         )
         return
     done = 0
@@ -280,6 +280,15 @@ def _nodes(fold: Fold, guard: ImageGuard) -> tuple[dict[str, Any], list[dict[str
         top = qemu_img.unlocked(image.path, image.fmt, top)
         gone.insert(0, top)
     return into, gone
+
+
+def _as_followed(fold: Fold) -> str:
+    """Return how QEMU calls `into` when it follows the headers from the top: `-b` is compared with that as it stands."""
+    path = str(fold.top.path)
+    for image in fold.gone:
+        name = layers.backing_name(image)
+        path = name if name.startswith("/") else path[: path.rfind("/") + 1] + name
+    return path
 
 
 def _alone(image: Image) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from diskchain.ops import detach, elsewhere, layers, redefine, sharers
 from diskchain.ops.elsewhere import Item
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, new_id, now_utc
+from diskchain.ops.written import refuse_unwritable
 from diskchain.store import catalog as catalog_store
 from diskchain.store import journal
 from diskchain.store.catalog import Home
@@ -50,12 +51,13 @@ class Move:
 
 
 def plan_move(vm: VM, directory: Path) -> Move:
-    """Return what a move does. Raise NotFound without that directory, Refused when everything is there already."""
+    """Return what a move does. Raise NotFound without that directory, BadName, Refused when everything is there already."""
     if not directory.is_dir():
         raise NotFound(
             f"{directory} is no directory", hint=f"mkdir '{directory}'; QEMU's user must be able to search it"
         )
     directory = directory.resolve()
+    refuse_unwritable(directory)
     stays = tuple(detach.bases_of(vm))
     moved = [i for i in vm.catalog.images.values() if i not in stays and i.path.parent.resolve() != directory]
     home = Home(directory / catalog_store.HOME / vm.home.path.name)

@@ -138,7 +138,7 @@ def forget(vm: VM) -> Path:
     """Remove the records of a VM; no image is touched. Its lock is held. Return where a last RECOVER.txt lies."""
     plan_forget(vm)
     left = vm.home.disks_dir / f"RECOVER-{vm.driver.uuid}.txt"
-    files.write_durably(left, catalog_store.recover_text(vm.home, vm.catalog).encode())
+    files.write_durably(left, catalog_store.recover_text(vm.home, vm.catalog))
     gone = vm.home.path.with_name(f".forgotten-{new_id()}")
     files.rename_durably(vm.home.path, gone)
     catalog_store.remove(gone)

@@ -4,6 +4,8 @@ relink      a layer is gone from its place, and exactly one file that is nobody 
             its last write or the digest of its seal (moved.py)
 header      a layer's header is torn or names something else, and with the header that the catalog knows its fingerprint
             is the one that was recorded: proven before anything is written
+name        an overlay of ours names the file below it, beside it, so that QEMU takes the name for a protocol (`web:1.qcow2`):
+            that is what we wrote ourselves before we wrote `./web:1.qcow2`
 shed        bitmaps or internal snapshots were removed from a layer, and nothing else of it was changed
 touched     a base's time was changed, and a person sealed it again since
 leaks       `qemu-img check` counts clusters that are reserved and unused; no data is affected
@@ -48,6 +50,7 @@ Begin = Callable[[], None]  # called before the first write: from then on it is 
 _DO: dict[str, Callable[[VM, str, Path, Begin], Awaitable[None]]] = {
     "relink": repair_images.relink,
     "header": repair_images.write_header,
+    "name": repair_images.write_path,
     "shed": repair_images.take_shed,
     "touched": repair_images.take_seal,
     "leaks": repair_images.repair_leaks,
@@ -89,6 +92,9 @@ async def _of_image(vm: VM, image: Image) -> list[Repair]:
                 "its header is not what was recorded; with the one that the catalog knows its fingerprint fits again"
             )
             return [Repair("header", where, evidence, "write that header", image.id, image.path)]
+        if below := repair_images.misnamed(vm, image):
+            evidence = f"it names {below.name}, which is beside it, and QEMU takes that for a protocol"
+            return [Repair("name", where, evidence, f"name it ./{below.name}", image.id, image.path)]
         if await repair_images.has_shed(image):
             evidence = "bitmaps or internal snapshots were removed; each guest cluster lies where it lay"
             return [Repair("shed", where, evidence, "record it as it is", image.id, image.path)]

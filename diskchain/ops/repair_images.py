@@ -60,8 +60,8 @@ async def relink(vm: VM, image_id: str, place: Path, begin: Callable[[], None]) 
 
 async def _name(overlay: Image, below: Image) -> None:
     if not layers.names_backing(overlay.path, below):
-        await qemu_img.rebase(overlay.path, qemu_img.backing_name_for(overlay.path, below.path), below.fmt)
-        files.fsync_file(overlay.path)
+        with files.synced(overlay.path):
+            await qemu_img.rebase(overlay.path, qemu_img.backing_name_for(overlay.path, below.path), below.fmt)
     layers.verify_reference(overlay, below)
 
 
@@ -145,6 +145,31 @@ def _overwrite(path: Path, header: bytes) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def misnamed(vm: VM, image: Image) -> Path | None:
+    """Return the file below an overlay of ours that names it, as it was frozen, without the `./` that a colon needs."""
+    if not image.ours or image.backing is None or _differing(image):
+        return None
+    below, name = vm.catalog.images[image.backing], sharers.backing_name(image.path) or ""
+    return below.path if qcow2.has_protocol(name) and image.path.parent / name == below.path else None
+
+
+async def write_path(vm: VM, image_id: str, path: Path, begin: Callable[[], None]) -> None:
+    """Write the name that QEMU takes for a path, and record the overlay with it. Can be repeated."""
+    image = vm.catalog.images[image_id]
+    below = vm.catalog.images[image.backing or ""]
+    if misnamed(vm, image):
+        begin()
+        with files.synced(path):
+            await qemu_img.rebase(path, qemu_img.backing_name_for(path, below.path), below.fmt)
+    layers.verify_reference(image, below)
+    point("repair.named")
+    if image.fingerprint is not None:
+        vm.save(layers.freeze(vm.catalog, [image_id]))
 
 
 # -- bitmaps, internal snapshots ---------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def save(home: Home, catalog: Catalog) -> None:
     """
     point("catalog.save.before")
     verify(catalog)
-    data, text = record.dump("catalog", _to_json(catalog, home.disks_dir)), recover_text(home, catalog).encode()
+    data, text = record.dump("catalog", _to_json(catalog, home.disks_dir)), recover_text(home, catalog)
     home.reserve.write(home.catalog, data)
     home.reserve.write(home.recover_txt, text)
     point("catalog.save.after")
@@ -157,7 +157,16 @@ def restore_overlay(frozen: Path, target: str, snapshot_id: str) -> Path:
     return frozen.with_name(f"{frozen.stem}.{target}.{snapshot_id}.restore.qcow2")
 
 
-def recover_text(home: Home, catalog: Catalog) -> str:
+def _quoted(path: Path) -> str:
+    """As one word of a shell, always in quotes: `it's` too."""
+    return "'" + str(path).replace("'", "'\\''") + "'"
+
+
+def _rebase(image: Image, below: Image) -> str:
+    return f"  qemu-img rebase -u -f qcow2 -F {below.fmt} -b {_quoted(below.path)} {_quoted(image.path)}"
+
+
+def recover_text(home: Home, catalog: Catalog) -> bytes:
     """Return RECOVER.txt: how to open every state of the VM with plain qemu-img, should diskchain be gone."""
     lines = [
         f"The disks of {catalog.name} ({catalog.uuid}), as diskchain left them.",
@@ -171,11 +180,7 @@ def recover_text(home: Home, catalog: Catalog) -> str:
         ),
         "",
         "Should a reference to a backing file be lost, these commands restore it (with the VM off):",
-        *(
-            f"  qemu-img rebase -u -f qcow2 -F {catalog.images[i.backing].fmt} -b '{catalog.images[i.backing].path}' '{i.path}'"
-            for i in catalog.images.values()
-            if i.backing
-        ),
+        *(_rebase(image, catalog.images[image.backing]) for image in catalog.images.values() if image.backing),
         "",
         "Snapshots (frozen images: never write to them, make an overlay on them first):",
     ]
@@ -184,8 +189,10 @@ def recover_text(home: Home, catalog: Catalog) -> str:
         for target, image_id in s.disks.items():
             image = catalog.images[image_id]
             fresh = restore_overlay(image.path, target, s.id)
-            lines.append(f"    qemu-img create -f qcow2 -F {image.fmt} -b '{image.path}' '{fresh}'   # {target}")
+            lines.append(
+                f"    qemu-img create -f qcow2 -F {image.fmt} -b {_quoted(image.path)} {_quoted(fresh)}   # {target}"
+            )
         if s.memory.saved:
             lines.append(f"    memory: {home.memory(s.id)}")
         lines += [f"    {name}: {home.snapshot_dir(s.id) / name}" for name in s.captured]
-    return "\n".join(lines) + "\n"
+    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diskchain.errors import NotFound, RecordDamaged
+from diskchain.chain.text import printable
+from diskchain.errors import BadName, NotFound, RecordDamaged
 from diskchain.host import files
 
 VERSION = 1
@@ -18,9 +19,19 @@ def _digest(body: Any) -> str:
 
 
 def dump(kind: str, body: Any) -> bytes:
-    """Given a JSON-able body, return the record's bytes (readable with any editor)."""
+    """Given a JSON-able body, return the record's bytes (readable with any editor). Raise BadName for what is no UTF-8."""
     record = {"diskchain": kind, "version": VERSION, "body": body, "sha256": _digest(body)}
-    return json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:
+        bad = next(line for line in text.splitlines() if not _is_utf8(line))
+        raise BadName(f"a record can't hold {printable(bad.strip())}: it has bytes that are no UTF-8",
+                      hint="rename the file or its directory") from None  # fmt: skip
+
+
+def _is_utf8(text: str) -> bool:
+    return not any(0xD800 <= code <= 0xDFFF for code in map(ord, text))
 
 
 def load(kind: str, data: bytes, source: str) -> Any:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot
-from diskchain.errors import DiskchainError, MemoryDamaged, NotFound, RecordDamaged, Unfinished
+from diskchain.errors import BadName, DiskchainError, MemoryDamaged, NotFound, RecordDamaged, Unfinished
 from diskchain.store import catalog as catalog_store
 from diskchain.store import journal, memory_file, record
 from diskchain.store.catalog import Home
@@ -208,3 +208,12 @@ def test_a_record_nested_too_deeply_is_refused() -> None:
 
 def _nested(depth: int) -> bytes:
     return b'{"diskchain": "catalog", "version": 1, "sha256": "x", "body": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+def test_a_path_that_is_no_text_is_refused_by_name_and_shown_by_recover_txt(tmp_path: Path) -> None:
+    with pytest.raises(BadName) as caught:
+        record.dump("journal", {"was": ["/a/b", "/srv/\udcff/\x1b"]})
+    assert '"/srv/\\xff/' in caught.value.message and caught.value.message.isprintable() and caught.value.hint
+    home, catalog = sample(tmp_path)
+    catalog = catalog.with_images([Image("c", Path(os.fsdecode(b"/it's/\xff")), "qcow2", "vda", 5, "a")])
+    assert b" '/it'\\''s/\xff'\n" in catalog_store.recover_text(home, catalog)
