@@ -39,6 +39,33 @@ def test_stopped_domain_create_revert_undo_delete(domain: Make) -> None:
     assert sorted(p.name for p in rig.active().values()) == ["vda.qcow2", "vdb.raw"]
 
 
+def test_domain_on_an_image_with_a_colon_in_its_name(domain: Make) -> None:
+    """Off and on: libvirt follows the same names to the same files, live and when it starts the domain."""
+    rig = domain(guest=False, size=8 * MiB, targets=("vda",))
+    (rig.dir / "vda.qcow2").rename(rig.dir / "web:1.qcow2")
+    disk = rig.disk_xml().replace("vda.qcow2", "web:1.qcow2")
+    (rig.dir / "vm.xml").write_text(rig.xml(guest=False, disks=disk))
+    rig.virsh("undefine", "vm")
+    rig.virsh("define", str(rig.dir / "vm.xml"))
+    for number, state in enumerate(("one", "two"), 1):
+        rig.write(number, number * MiB, MiB)
+        rig.remember(state)
+        rig.ok("create", "vm", state)
+    rig.virsh("start", "vm", "--paused")
+    rig.remember("three")
+    rig.ok("create", "vm", "three", "--disk-only")
+    assert rig.agreement() == []
+    rig.virsh("destroy", "vm")
+    rig.remember("now")
+    rig.ok("start", "vm", "--paused")
+    rig.virsh("destroy", "vm")
+    rig.ok("delete", "vm", "two", "three", "-y")
+    assert rig.verdict(present="now") == []
+    rig.expected["before-revert-1"] = rig.expected["now"]
+    rig.ok("revert", "vm", "one", "-y")
+    assert rig.verdict(present="one") == [] and rig.ok("check", "vm").code == 0
+
+
 def test_running_domain_memory_revert_undo_and_delete(domain: Make) -> None:
     """Memory and two disks are one instant; virsh sees a running domain all the time; the merge is done with it off."""
     rig = domain()
