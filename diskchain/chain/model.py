@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from diskchain.chain.text import cut
 from diskchain.errors import BadName, ChainDamaged, NotFound
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
@@ -255,6 +256,7 @@ class Catalog:
 
 
 _MAX_NAME = 120
+_MAX_STEM = 100
 _BIDI = set("‎‏‪‫‬‭‮⁦⁧⁨⁩؜")
 
 
@@ -305,5 +307,10 @@ def layer_name(base: Path, target: str, image_id: str) -> str:
 
     A base that got such a name itself (`delete --to`, `detach --to`) gives the stem that it was made of: names do not grow.
     """
+    return f"{layer_stem(base, target)}.{target}.{image_id}.qcow2"
+
+
+def layer_stem(base: Path, target: str) -> str:
+    """Return what the names of the layers on a base begin with. At most 100 bytes: more is put around these names later."""
     stem = re.sub(rf"(\.{re.escape(target)}\.[0-9a-f]{{12}})+$", "", base.stem) or base.stem
-    return f"{stem[:100]}.{target}.{image_id}.qcow2"
+    return cut(stem, _MAX_STEM)

@@ -1,7 +1,10 @@
-"""Text from images, guests and configuration, made safe to print; sizes in words."""
+"""Text from images, guests and configuration, made safe to print; sizes in words; names that fit into a directory."""
 
 from __future__ import annotations
 
+import hashlib
+
+NAME_MAX = 255  # bytes of a file's name, on every file system that counts bytes
 _KIB = 1024
 
 
@@ -34,3 +37,29 @@ def size(count: int | None) -> str:
         value /= _KIB
     short = f"{value:.1f}" if unit in ("M", "G", "T", "P") and value < 9.95 else f"{value:.0f}"
     return short.removesuffix(".0") + unit
+
+
+def cut(text: str, limit: int) -> str:
+    """Return as much of the beginning of a text as has at most `limit` bytes; no character is cut in two."""
+    text = text[:limit]
+    while _length(text) > limit:
+        text = text[:-1]
+    return text
+
+
+def name_with(before: str, name: str, after: str) -> str:
+    """Given a file's name, return `before` + name + `after`, the name of something beside it.
+
+    Where that is too long for a file system, a digest of the name and as much of its end as fits stand for the name.
+    """
+    if _length(before + name + after) <= NAME_MAX:
+        return before + name + after
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    room = NAME_MAX - _length(f"{before}{digest}.{after}")
+    while _length(name) > room:
+        name = name[1:]
+    return f"{before}{digest}.{name}{after}"
+
+
+def _length(text: str) -> int:
+    return len(text.encode("utf-8", "surrogateescape"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from diskchain.chain import qcow2
 from diskchain.chain.model import Catalog, Image, layer_name
+from diskchain.chain.text import name_with
 from diskchain.errors import Busy, ChainDamaged, DiskchainError, NotFound, Refused
 from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
@@ -241,7 +242,7 @@ def is_empty(path: Path) -> bool:
 
 def trash_of(path: Path) -> Path:
     """Return the name a file is put away under, beside it."""
-    return path.with_name(f".{path.name}.trash")
+    return path.with_name(name_with(".", path.name, ".trash"))
 
 
 def to_trash(paths: Iterable[Path]) -> None:

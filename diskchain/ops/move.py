@@ -21,7 +21,7 @@ from pathlib import Path
 
 from diskchain.chain.model import Catalog, Image
 from diskchain.chain.plan import Plan
-from diskchain.chain.text import size
+from diskchain.chain.text import name_with, size
 from diskchain.errors import ChainDamaged, NotFound, Refused
 from diskchain.host import copy, files, locks
 from diskchain.host.fault import point
@@ -78,7 +78,7 @@ def need(vm: VM) -> int:
 
 def _name(image: Image, moved: list[Image]) -> str:
     same = [i for i in moved if i.path.name == image.path.name]
-    return image.path.name if len(same) == 1 else f"{image.target}-{image.path.name}"
+    return image.path.name if len(same) == 1 else name_with(f"{image.target}-", image.path.name, "")
 
 
 def to_plan(vm: VM, move: Move) -> Plan:

@@ -19,11 +19,17 @@ from diskchain.store.catalog import Home
 WARNING = ("it is in virsh snapshot-list now: virsh snapshot-delete would commit and delete its layers behind diskchain, "
            "virsh snapshot-revert lose the present; use diskchain for both")  # fmt: skip
 
+LONGEST = 255 - len(".xml")  # bytes; libvirt keeps each in a file of its name
+
 
 def refuse_bad(vm: VM, name: str) -> None:
     """Raise Refused where there is no list of libvirt's, or it can't have that name."""
     if vm.driver.kind == "qemu":
         raise Refused(f"{vm.name} is a machine of diskchain's; libvirt does not know it", hint="leave --register away")
+    if len(name.encode()) > LONGEST:
+        raise Refused(
+            f"libvirt can't list a snapshot whose name has more than {LONGEST} bytes", hint="choose another name"
+        )
     if name.startswith(".") or any(s[0] == name for s in of_others(vm.host.domains.get(vm.driver.uuid), vm.catalog)):
         raise Refused(f"libvirt can't list a snapshot {name!r}: it begins with a dot, or libvirt has one of that name",
                       hint="choose another name")  # fmt: skip

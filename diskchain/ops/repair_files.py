@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from diskchain.chain.model import Catalog, Image
+from diskchain.chain.model import Catalog, Image, layer_stem
 from diskchain.chain.text import size
 from diskchain.errors import DiskchainError, Refused
 from diskchain.host import files, locks
@@ -100,8 +100,8 @@ def _useless(vm: VM, path: Path) -> str:
     if path.name.startswith(files.TEMPORARY):
         return "a record that was not written to its end" if _is_old(path) else ""
     away = path.name.startswith(".") and path.name.endswith(".trash")
-    name = path.name[1 : -len(".trash")] if away else path.name
-    if not _is_ours(vm, name):
+    name = _our_name(vm, path, away)
+    if not name:
         return ""
     if away:
         return "a layer of this VM that was merged and put away; nothing stands on it" if _is_free(path, name) else ""
@@ -112,12 +112,19 @@ def _useless(vm: VM, path: Path) -> str:
     return ""
 
 
-def _is_ours(vm: VM, name: str) -> bool:
-    """Whether we gave a layer of this VM that name: the stem of one of its bases, one of its disks, an id that is gone."""
-    found = _OURS.fullmatch(name)
-    stems = {chain[-1].path.stem[:100] for chain in vm.catalog.active_chains().values()}
-    return bool(found and found["stem"] in stems and found["target"] in vm.catalog.targets
-                and found["id"] not in vm.catalog.images)  # fmt: skip
+def _our_name(vm: VM, path: Path, away: bool) -> str:
+    """Return the name that we gave to a file, or to one that was put away under this name, as a layer of this VM: the stem
+    of one of its bases, one of its disks, an id that is gone. Nothing if we did not.
+    """
+    found = _OURS.fullmatch(path.name.removesuffix(".trash"))
+    if found is None or found["target"] not in vm.catalog.targets or found["id"] in vm.catalog.images:
+        return ""
+    for target, chain in vm.catalog.active_chains().items():
+        for stem in (layer_stem(chain[-1].path, target), chain[-1].path.stem[:100]):  # the second: older versions'
+            name = f"{stem}.{found['target']}.{found['id']}.qcow2"
+            if (layers.trash_of(path.with_name(name)) if away else path.with_name(name)) == path:
+                return name
+    return ""
 
 
 def _is_free(path: Path, name: str) -> bool:
@@ -126,11 +133,8 @@ def _is_free(path: Path, name: str) -> bool:
         return False
     for other in path.parent.iterdir():
         with contextlib.suppress(OSError, DiskchainError):
-            if (
-                other != path
-                and other.is_file()
-                and sharers.backing_name(other) in (name, str(path.with_name(name)), path.name)
-            ):
+            below = sharers.backing_name(other) if other != path and other.is_file() else None
+            if below and path.parent / below in (path.with_name(name), path):
                 return False
     return True
 

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from diskchain.chain.model import Catalog, MiB, Snapshot
+from diskchain.chain.text import name_with
 from diskchain.drivers.protocol import Definition, Driver, StateFile, VMState
 from diskchain.errors import DiskchainError, Refused, StateMissing
 from diskchain.host import files
@@ -301,7 +302,7 @@ class PutBack:
     there: bool
 
     def _beside(self, what: str, entry_id: str) -> Path:
-        return self.path.with_name(f".{what}-{entry_id}.{self.path.name}")
+        return self.path.with_name(name_with(f".{what}-{entry_id}.", self.path.name, ""))
 
     def staged(self, entry_id: str) -> Path:
         """The copy that is to come in."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot
 from diskchain.chain.rules import dangling
+from diskchain.chain.text import name_with
 from diskchain.errors import DiskchainError, RecordDamaged
 from diskchain.host import files
 from diskchain.host.fault import point
@@ -154,7 +155,7 @@ def _from_json(body: dict[str, Any], root: Path) -> Catalog:
 
 def restore_overlay(frozen: Path, target: str, snapshot_id: str) -> Path:
     """Return the overlay that RECOVER.txt tells to make on a frozen image: not there before, so nothing of ours is hit."""
-    return frozen.with_name(f"{frozen.stem}.{target}.{snapshot_id}.restore.qcow2")
+    return frozen.with_name(name_with("", frozen.stem, f".{target}.{snapshot_id}.restore.qcow2"))
 
 
 def _quoted(path: Path) -> str:

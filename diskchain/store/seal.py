@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from diskchain.chain.text import name_with
 from diskchain.errors import DiskchainError, NotFound, RecordDamaged
 from diskchain.store import record
 
@@ -29,7 +30,7 @@ class Seal:
 
 def place(image: Path) -> Path:
     """Return where the seal of an image lies."""
-    return image.with_name(f".{image.name}.seal")
+    return image.with_name(name_with(".", image.name, ".seal"))
 
 
 def is_sealed(image: Path) -> bool:

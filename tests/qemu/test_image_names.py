@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from diskchain.config import Config
-from diskchain.ops import create
+from diskchain.ops import create, layers
 from diskchain.ops.vm import Host
 from tests.support.refusals import refused, unchanged
 from tests.support.rig import MiB, Rig
@@ -129,6 +129,68 @@ def test_layers_that_named_a_protocol_are_repaired(rig: Rig, killed: str) -> Non
     rig.ok("stop", "vm", "--force", "-y")
     rig.ok("delete", "vm", "one", "two", "-y")
     assert rig.verdict(present="now") == []
+
+
+LONG = ("€" * 75 + "x.qcow2", "€" * 83 + ".qcow2", "x" * 249 + ".qcow2")
+
+
+@pytest.mark.parametrize("name", LONG, ids=["232", "255", "255-ascii"])
+def test_image_with_a_long_name_is_snapshotted_merged_sealed_and_let_go(rig: Rig, name: str) -> None:
+    """255 bytes are a name's limit, however few characters they are: nothing of ours beside it is longer."""
+    define(rig, name)
+    for number, state in enumerate(("one", "two", "three"), 1):
+        rig.write(number, number * MiB, MiB)
+        rig.remember(state)
+        rig.ok("create", "vm", state)
+    rig.remember("now")
+    rig.ok("delete", "vm", "two", "-y")
+    rig.expected["before-revert-1"] = rig.expected["now"]
+    rig.ok("revert", "vm", "one", "-y")
+    rig.ok("delete", "vm", "before-revert-1", "three", "-y")
+    assert rig.verdict(present="one") == []
+    rig.ok("base", "seal", str(rig.dir / name))
+    refused(rig, "delete", "vm", "one", "-y", code=6, says="sealed")
+    assert "is what was sealed" in rig.ok("base", "verify", str(rig.dir / name)).out
+    rig.ok("detach", "vm", "--to", str(rig.dir))
+    assert [wrong for wrong in rig.verdict(present="one") if wrong != f"orphan {name}"] == []
+    (text,) = rig.dir.glob(".diskchain/*/RECOVER.txt")
+    (command,) = (line for line in text.read_text().splitlines() if "qemu-img create" in line)
+    subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL)
+
+
+def longer_name(base: Path, target: str, image_id: str) -> str:
+    """How layers were named once: 100 characters, not bytes."""
+    return f"{base.stem[:100]}.{target}.{image_id}.qcow2"
+
+
+@pytest.mark.parametrize("count", [75, 77])
+def test_layers_with_longer_names_are_merged_and_their_journal_is_finished(rig: Rig, count: int) -> None:
+    """Names of 249 and 255 bytes, to which a trash name, or a seal's, can't be added: what is begun ends all the same."""
+    define(rig, "€" * count + "x.qcow2")
+    host = Host(replace(Config(), state_dir=rig.dir / "state", run_dir=rig.run_dir))
+
+    async def snapshot(name: str) -> None:
+        async with host.change("vm", "create") as vm:
+            await create.create(vm, create.Request(name, memory="never"))
+
+    with mock.patch("diskchain.ops.layers.layer_name", longer_name):
+        for number, state in enumerate(("one", "two", "three"), 1):
+            rig.write(number, number * MiB, MiB)
+            rig.remember(state)
+            asyncio.run(snapshot(state))
+    rig.remember("now")
+    (layer,) = rig.snapshots()["two"].values()
+    assert len(layer.name.encode()) == 3 * count + 24
+    points = [f"delete.{name}" for name in ("relinked.after", "trashed")]
+    for state, point in zip(("two", "three"), points, strict=True):
+        assert rig.killed("delete", "vm", state, "-y", at=point)
+        rig.ok("recover", "vm")
+        assert rig.verdict(present="now") == [] and state not in rig.snapshots()
+    put_away = layers.trash_of(layer.with_name(longer_name(rig.dir / ("€" * count + "x.qcow2"), "vda", "0123456789ab")))
+    put_away.write_bytes(bytes(4096))
+    assert len(put_away.name.encode()) <= 255
+    rig.ok("check", "vm", "--repair", "-y")
+    assert not put_away.exists() and rig.verdict(present="now") == []
 
 
 @pytest.mark.parametrize("name", ["a\tb", "a\x7fb", "a\x9bb", "a\nb", b"a\xffb"])

@@ -173,6 +173,7 @@ def test_without_disks_lets_go_of_what_is_neither_ours_nor_frozen() -> None:
         ("web1.vda.old.qcow2", "web1.vda.old.vda.0123456789ab.qcow2"),
         (".vda.fedcba987654.qcow2", ".vda.fedcba987654.vda.0123456789ab.qcow2"),
         ("x" * 200 + ".qcow2", "x" * 100 + ".vda.0123456789ab.qcow2"),
+        ("€" * 80 + ".qcow2", "€" * 33 + ".vda.0123456789ab.qcow2"),
     ],
 )
 def test_names_of_layers_do_not_grow(base: str, name: str) -> None:
