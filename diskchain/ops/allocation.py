@@ -37,6 +37,7 @@ def raw_extents(path: Path, *, roots: Sequence[Path] | None = None) -> RawExtent
 
 def _allocation(opened: files.Opened, header: Header) -> Allocation:
     status = opened.status
+    approve.l2_tables(opened.fd, header, status.st_size, opened.path)
     l1 = files.read_span(opened.fd, header.l1_offset, header.l1_bytes)
     entries = qcow2.l1_entries(l1)
     approve.check_l2([offset for _, offset, _ in entries], header.cluster_size, status.st_size, opened.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from diskchain.host import files
 
 GiB = 1 << 30
 MAX_DEPTH = 200
+L1_PIECE = 64 << 10  # bytes
 MAX_L2_BYTES = 16 * GiB  # a full disk of 128 TiB with 64 KiB clusters; more comes only from sparse, hostile files
 
 
@@ -219,11 +220,8 @@ def _raw_size(size: int) -> int:
 
 def _metadata_digest(fd: int, header: Header, size: int, path: str) -> str:
     """Hash one table after the other: a full 1 TB disk has 128 MiB of L2 tables, one cluster is held at a time."""
-    l1 = files.read_span(fd, header.l1_offset, header.l1_bytes)
-    offsets = sorted(set(qcow2.l2_offsets(l1)))
-    check_l2(offsets, header.cluster_size, size, path)
     digest = hashlib.sha256(files.read_span(fd, 0, header.cluster_size))
-    digest.update(l1)
+    offsets = l2_tables(fd, header, size, path, digest.update)
     for offset in offsets:
         digest.update(files.read_span(fd, offset, header.cluster_size))
     return digest.hexdigest()
@@ -231,6 +229,7 @@ def _metadata_digest(fd: int, header: Header, size: int, path: str) -> str:
 
 def _map_digest(fd: int, header: Header, size: int, path: str) -> str:
     """Hash the L2 tables, without the marks that change when an internal snapshot goes."""
+    l2_tables(fd, header, size, path)
     entries = qcow2.l1_entries(files.read_span(fd, header.l1_offset, header.l1_bytes))
     check_l2([offset for _, offset, _ in entries], header.cluster_size, size, path)
     digest = hashlib.sha256(header.virtual_size.to_bytes(8, "big"))
@@ -240,10 +239,28 @@ def _map_digest(fd: int, header: Header, size: int, path: str) -> str:
     return digest.hexdigest()
 
 
-def check_l2(offsets: Sequence[int], cluster_size: int, size: int, path: str) -> None:
-    """Raise HostileImage for more L2 tables than any disk needs, ChainDamaged for one in a wrong place."""
-    if len(offsets) * cluster_size > MAX_L2_BYTES:
-        raise HostileImage(f"{path!r}: {len(offsets)} L2 tables")
+def l2_tables(
+    fd: int, header: Header, size: int, path: str, on_piece: Callable[[bytes], object] = lambda _: None
+) -> list[int]:
+    """Return the offsets of an image's L2 tables, sorted; `on_piece` gets its L1 table, piece by piece. Raise as `check_l2`.
+
+    An L1 table of 32 MiB, full of nonsense or of more tables than any disk has, is given up where that shows.
+    """
+    found: set[int] = set()
+    for at in range(0, header.l1_bytes, L1_PIECE):
+        piece = files.read_span(fd, header.l1_offset + at, min(L1_PIECE, header.l1_bytes - at))
+        on_piece(piece)
+        more = set(qcow2.l2_offsets(piece)) - found
+        check_l2(more, header.cluster_size, size, path, known=len(found))
+        found |= more
+    return sorted(found)
+
+
+def check_l2(offsets: Collection[int], cluster_size: int, size: int, path: str, known: int = 0) -> None:
+    """Raise HostileImage for more L2 tables than any disk needs, `known` others counted; ChainDamaged for one in a wrong place."""
+    count = known + len(offsets)
+    if count * cluster_size > MAX_L2_BYTES:
+        raise HostileImage(f"{path!r}: {count} L2 tables")
     for offset in offsets:
         if offset % cluster_size or offset >= size:
             raise ChainDamaged(f"{path!r}: L2 table at {offset}, file size {size}")

@@ -15,7 +15,7 @@ from diskchain.errors import ChainDamaged, DiskchainError
 from diskchain.host import files, locks, qemu_img, qemu_img_repair
 from diskchain.host.fault import point
 from diskchain.ops import layers, redefine, sharers
-from diskchain.ops.approve import check_l2, differing, fingerprint, map_of
+from diskchain.ops.approve import differing, fingerprint, l2_tables, map_of
 from diskchain.ops.vm import VM
 from diskchain.store import seal as seal_store
 from diskchain.store.seal import Seal
@@ -111,11 +111,8 @@ def _fits(image: Image, candidate: bytes) -> bool:
     try:
         size = os.fstat(fd).st_size
         header = qcow2.parse_header(candidate, size)
-        table = files.read_span(fd, header.l1_offset, header.l1_bytes)
-        offsets = sorted(set(qcow2.l2_offsets(table)))
-        check_l2(offsets, header.cluster_size, size, str(image.path))
-        digest = hashlib.sha256(candidate + table)
-        for offset in offsets:
+        digest = hashlib.sha256(candidate)
+        for offset in l2_tables(fd, header, size, str(image.path), digest.update):
             digest.update(files.read_span(fd, offset, header.cluster_size))
         return size == image.fingerprint.get("size") and digest.hexdigest() == image.fingerprint.get("sha256")
     finally:
