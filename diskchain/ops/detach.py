@@ -7,7 +7,7 @@ others, and with --to all of them, into one new file in their place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +44,8 @@ def plan(vm: VM, directory: Path | None) -> Detach:
     if not tops:
         raise NotFound(f"{vm.name} stands on no image but its own", hint=f"diskchain check {vm.name}")
     copied = [top for top in tops if directory is not None or _is_own(catalog, top)]
-    pulls = [_pull(catalog, top) for top in tops if top not in copied]
-    items = [_item(catalog, top, directory) for top in copied]
+    pulls = [pull for top in tops if top not in copied for pull in _pulls(catalog, top, bases)]
+    items = [_item(catalog, top, bases, directory) for top in copied]
     return Detach(tuple(pulls), tuple(items), tuple(bases))
 
 
@@ -70,8 +70,13 @@ def _is_base(vm: VM, image: Image) -> bool:
 
 def _is_top(catalog: Catalog, image: Image, bases: Sequence[Image]) -> bool:
     """Whether something that stays stands on it: an overlay that is no base, or a snapshot that froze it."""
+    return bool(catalog.frozen_by(image.id) or _staying(catalog, image, bases))
+
+
+def _staying(catalog: Catalog, image: Image, bases: Sequence[Image]) -> list[Image]:
+    """The overlays on it that are the VM's own. A base that stands on it is not: others stand on that."""
     ids = {base.id for base in bases}
-    return bool(catalog.frozen_by(image.id)) or any(o.id not in ids for o in catalog.overlays_on(image.id))
+    return [overlay for overlay in catalog.overlays_on(image.id) if overlay.id not in ids]
 
 
 def _is_own(catalog: Catalog, top: Image) -> bool:
@@ -79,13 +84,17 @@ def _is_own(catalog: Catalog, top: Image) -> bool:
     return any(image.ours or catalog.frozen_by(image.id) for image in catalog.chain(top.id))
 
 
-def _pull(catalog: Catalog, top: Image) -> Pull:
-    return Pull(top.target, tuple(catalog.chain(top.id)), tuple(catalog.overlays_on(top.id)), None)
+def _pulls(catalog: Catalog, top: Image, bases: Sequence[Image]) -> Iterator[Pull]:
+    """One for each disk that stands on it."""
+    overlays = _staying(catalog, top, bases)
+    for target in dict.fromkeys(overlay.target for overlay in overlays):
+        those = tuple(overlay for overlay in overlays if overlay.target == target)
+        yield Pull(target, tuple(catalog.chain(top.id)), those, None)
 
 
-def _item(catalog: Catalog, top: Image, directory: Path | None) -> Item:
+def _item(catalog: Catalog, top: Image, bases: Sequence[Image], directory: Path | None) -> Item:
     """One file that shows all that the base shows."""
-    above = catalog.overlays_on(top.id)
+    above = _staying(catalog, top, bases)
     place = directory or (above[0] if above else top).path.parent
     name = layer_name(top.path, top.target, new_id())
     return Item(top.id, place / name, (top.id,), None)
@@ -127,13 +136,20 @@ async def detach(vm: VM, found: Detach, progress: Progress) -> list[Merged]:
     merged: list[Merged] = []
     if found.items:
         images = [vm.catalog.images[item.id] for item in found.items]
-        bases = {image.id for image in found.let_go}
-        dropped = [
-            i.id for image in images for i in vm.catalog.chain(image.id)[1:] if i.id in bases and i not in images
-        ]
-        data = {**elsewhere.journal_data(vm, found.items, []), "name": vm.name, "dropped": dropped}
+        data = {
+            **elsewhere.journal_data(vm, found.items, []),
+            "name": vm.name,
+            "dropped": _dropped(vm.catalog, found, images),
+        }
         entry = journal.begin(vm.home, "detach-to", new_id(), now_utc(), data)
         merged += await elsewhere.carry_out(vm, entry, progress)
     if found.pulls:
         merged += await delete.delete(vm, _deletion(found.pulls), progress, name=f"detach {vm.name}")
     return merged
+
+
+def _dropped(catalog: Catalog, found: Detach, copied: Sequence[Image]) -> list[str]:
+    """What the copied images stood on, unless it is still read from: copied itself, or copied up afterwards."""
+    needed = {image.id for pull in found.pulls for image in pull.gone} | {image.id for image in copied}
+    bases = {image.id for image in found.let_go} - needed
+    return [i.id for image in copied for i in catalog.chain(image.id)[1:] if i.id in bases]

@@ -15,7 +15,7 @@ from tests.support.domain import DomainRig
 from tests.support.libvirtd import Libvirtd
 from tests.support.refusals import grow_tree, refused
 from tests.support.rig import MiB, wait_for
-from tests.support.roaming import Roaming
+from tests.support.roaming import Roaming, io
 
 CASES = {
     "move": (("move", "vm", "--to", "THERE"), {"vda.qcow2", "vdb.raw"}),
@@ -32,6 +32,28 @@ class RoamingDomain(Roaming, DomainRig):
         self.make_images()
         (self.dir / "vm.xml").write_text(self.xml(guest=guest))
         self.virsh("define", str(self.dir / "vm.xml"))
+
+
+class OneBase(DomainRig):
+    """Two disks on one base that is not the domain's own; `mid`: between it and vda lies an image that is not, too."""
+
+    mid = False
+
+    def build(self, *, guest: bool, fault: str = "") -> None:
+        """Make the images, and define the domain with virsh."""
+        self.qemu_img("create", "-q", "-f", "qcow2", str(self.dir / "base.qcow2"), str(self.size))
+        io(self.dir / "base.qcow2", "write -P 7 0 3M")
+        if self.mid:
+            self.stand("mid.qcow2", "base.qcow2", "write -P 8 1M 1M")
+        self.stand("vda.qcow2", "mid.qcow2" if self.mid else "base.qcow2", "write -P 9 2M 64k")
+        self.stand("vdb.qcow2", "base.qcow2", "write -P 10 2M 64k")
+        (self.dir / "vm.xml").write_text(self.xml(guest=guest))
+        self.virsh("define", str(self.dir / "vm.xml"))
+
+    def stand(self, name: str, below: str, command: str) -> None:
+        """Make an overlay, and write into it."""
+        self.qemu_img("create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", str(self.dir / name))
+        io(self.dir / name, command)
 
 
 class Saved:
@@ -160,3 +182,50 @@ def test_disk_of_a_domain_without_records_is_not_taken_for_a_lost_layer(saved: S
     assert ["the domain other uses it" in f["evidence"] for f in answer["findings"] if f["code"] == "layer-alike"] == [
         True
     ]
+
+
+@pytest.mark.parametrize("killed", ["", "merge.committed#1", "merge.committed#2", "delete.relinked-one#1"])
+def test_detach_of_disks_on_one_base_writes_into_none_of_the_images_below(
+    daemon: Libvirtd, tmp_path: Path, killed: str
+) -> None:
+    """vda stands on another image that is not ours, and that on the base: both are as they were, and not needed."""
+    rig = OneBase(tmp_path / "vm", daemon=daemon, size=8 * MiB)
+    rig.mid = True
+    try:
+        rig.build(guest=False)
+        rig.remember("now")
+        below = {rig.dir / name: (rig.dir / name).read_bytes() for name in ("base.qcow2", "mid.qcow2")}
+        plan = rig.ok("detach", "vm", "-n").out
+        assert "up into mid" not in plan and "vdb: copy up to" in plan
+        if killed:
+            assert rig.killed("detach", "vm", at=killed)
+            rig.ok("recover", "vm")
+        else:
+            assert set(rig.ok("--json", "detach", "vm").json["let_go"]) == set(map(str, below))
+        assert {path: path.read_bytes() for path in below} == below
+        for path in below:
+            path.unlink()
+        assert rig.verdict(present="now") == []
+        rig.ok("create", "vm", "s1")
+    finally:
+        rig.destroy()
+
+
+def test_detach_that_copies_a_sealed_layer_keeps_the_base_for_the_disk_that_is_copied_up(
+    daemon: Libvirtd, tmp_path: Path
+) -> None:
+    """One disk gets a new file for its sealed layer, the other takes what it needs of the base after that."""
+    rig = OneBase(tmp_path / "vm", daemon=daemon, size=8 * MiB)
+    try:
+        rig.build(guest=False)
+        rig.remember("s1")
+        rig.remember("now")
+        rig.ok("create", "vm", "s1")
+        rig.ok("base", "seal", str(rig.dir / "vda.qcow2"))
+        below = [rig.dir / "base.qcow2", rig.dir / "vda.qcow2"]
+        assert set(rig.ok("--json", "detach", "vm").json["let_go"]) == set(map(str, below))
+        for path in below:
+            path.unlink()
+        assert rig.verdict(present="now") == []
+    finally:
+        rig.destroy()
