@@ -187,6 +187,7 @@ async def copy_up(
     overlay: dict[str, Any],
     parts: Iterable[tuple[int, int]],
     *,
+    cluster: int = 0,
     direct: bool,
     guard: Sequence[int],
     on_bytes: Callable[[int], None],
@@ -196,12 +197,13 @@ async def copy_up(
 
     QEMU's copy-on-read, as its own streaming does it: what the overlay holds is left alone, and killed at any time it
     shows the same. (`qemu-img rebase` flushes every run of sectors that are not zero, or would have to be trusted to
-    write its new reference after the data; facts.md.) The caller syncs, checks, and changes the reference. Raise ToolFailed.
+    write its new reference after the data; facts.md.) A `cluster` is read in one piece, where the part has all of it.
+    The caller syncs, checks, and changes the reference. Raise ToolFailed.
     """
     group, file = _throttled(overlay["file"], pace)
     argv = ["qemu-io", *group, "-C", "-t", "none" if direct else "writeback", _json({**overlay, "file": file})]
     heard = _Copied(on_bytes)
-    with open_memory(_commands(parts)) as commands:
+    with open_memory(_commands(parts, max(COPIED_AT_ONCE, cluster))) as commands:
         result = await run(
             argv, timeout=None, ok=(0, 1), pass_fds=guard, on_output=heard, idle=pace.idle, stdin=commands
         )
@@ -209,11 +211,11 @@ async def copy_up(
         raise ToolFailed(argv, result.returncode, heard.failed or result.stderr or "a flush failed")
 
 
-def _commands(parts: Iterable[tuple[int, int]]) -> Iterator[str]:
+def _commands(parts: Iterable[tuple[int, int]], piece: int) -> Iterator[str]:
     begun = 0
     for start, end in parts:
-        for at in range(start, end, COPIED_AT_ONCE):
-            yield f"aio_read {at} {min(end - at, COPIED_AT_ONCE)}\n"
+        for at in range(start, end, piece):
+            yield f"aio_read {at} {min(end - at, piece)}\n"
             begun += 1
             if begun % IN_FLIGHT == 0:
                 yield "aio_flush\n"  # waits for all of them

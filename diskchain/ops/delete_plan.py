@@ -143,7 +143,7 @@ async def check(vm: VM, deletions: Sequence[Deletion], *, space: bool = True) ->
             for image in (i for i in pull.gone if i.ours):
                 sharers.refuse_overlays(vm, image, mine)
             _refuse_what_a_merge_loses(pull.gone)
-            _refuse_other_sizes(pull)
+            _refuse_short_layers(pull)
     if space:
         _check_space(deletions)
 
@@ -173,11 +173,16 @@ def _refuse_what_a_merge_loses(images: Sequence[Image]) -> None:
                                        "then: diskchain check --repair")  # fmt: skip
 
 
-def _refuse_other_sizes(pull: Pull) -> None:
-    """A pull is made with layers of one size only: where they differ, QEMU below 9 can turn in a circle (facts.md)."""
-    images = (*pull.gone, *pull.overlays, *([pull.below] if pull.below else []))
+def _refuse_short_layers(pull: Pull) -> None:
+    """Beyond the end of a layer a disk reads zeros, whatever lies there further below: what goes must hide, for each overlay,
+    all of what that stands on afterwards. Otherwise sizes may differ (facts.md).
+    """
+    if pull.below is None:
+        return
+    images = (*pull.gone, *pull.overlays, pull.below)
     sizes = {i.id: virtual_size(i.path, i.fmt) for i in images}
-    if len(set(sizes.values())) > 1:
+    reach = min(sizes[i.id] for i in pull.gone)
+    if any(reach < min(sizes[o.id], sizes[pull.below.id]) for o in pull.overlays):
         names = ", ".join(f"{i.path.name} {text_of(sizes[i.id])}" for i in images)
         raise UnsupportedDisk(f"{pull.target} was resized, its layers can't be copied upwards: {names}",
                               hint="delete all branches but one, then it is folded down")  # fmt: skip

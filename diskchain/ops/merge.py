@@ -199,8 +199,8 @@ async def pull(
     try:
         point("merge.committing")
         node = _on(overlay, (*pull.gone, *pull.beneath), guard)
-        await qemu_img.copy_up(node, _not_up_yet(pull, overlay), direct=around, guard=guard.fds,
-                               on_bytes=progress.update, pace=pace)  # fmt: skip
+        await qemu_img.copy_up(node, _not_up_yet(pull, overlay), cluster=allocated(overlay.path).cluster_size,
+                               direct=around, guard=guard.fds, on_bytes=progress.update, pace=pace)  # fmt: skip
     finally:
         progress.end()
     point("merge.committed")

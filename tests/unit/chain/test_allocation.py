@@ -109,3 +109,4 @@ def test_missing_runs_leave_nothing_out_of_an_overlay_with_subclusters() -> None
     top = layer({0, 1}, set(), 65536, 4096)
     assert allocation.has_subclusters(top)
     assert list(missing_runs([RawExtents(((0, 65536),))], top)) == [(0, 65536)]
+    assert list(missing_runs([RawExtents(((70000, 71000),))], top)) == [(65536, 131072)]
