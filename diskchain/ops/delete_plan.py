@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from diskchain.chain.deletion import Deletion, Pull
+from diskchain.chain.deletion import Deletion, Fold, Pull
 from diskchain.chain.model import Catalog, Image, Snapshot
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size as text_of
 from diskchain.errors import Busy, NoSpace, UnsupportedDisk, VMRunning
 from diskchain.host import files, locks
-from diskchain.ops import layers, merge, sharers
+from diskchain.ops import layers, merge, rights, sharers
 from diskchain.ops.approve import header, virtual_size
 from diskchain.ops.look import MERGE_RATE
 from diskchain.ops.vm import VM
@@ -119,7 +119,7 @@ def _moved(deletion: Deletion) -> int:
 
 
 async def check(vm: VM, deletions: Sequence[Deletion], *, space: bool = True) -> None:
-    """Raise what stands in the way of the deletions: VMRunning, HasSharers, ChainDamaged, UnsupportedDisk, NoSpace.
+    """Raise what stands in the way of the deletions: VMRunning, HasSharers, ChainDamaged, UnsupportedDisk, Refused, NoSpace.
 
     Without `space` room is not looked at: the merge is written elsewhere.
     """
@@ -144,6 +144,7 @@ async def check(vm: VM, deletions: Sequence[Deletion], *, space: bool = True) ->
                 sharers.refuse_overlays(vm, image, mine)
             _refuse_what_a_merge_loses(pull.gone)
             _refuse_short_layers(pull)
+        _refuse_without_rights(deletion, in_place=space)
     if space:
         _check_space(deletions)
 
@@ -152,6 +153,23 @@ async def _check_layers(vm: VM, images: Sequence[Image], mine: Sequence[Image]) 
     for image in images:
         await _refuse_used(image.path)
         sharers.refuse_shared(vm, image, mine)
+
+
+def _refuse_without_rights(deletion: Deletion, *, in_place: bool) -> None:
+    """Raise Refused for what is written and what is removed: once the snapshots are gone it is too late to find out."""
+    merges: list[Fold | Pull] = [*deletion.folds, *deletion.pulls]
+    written = [overlay for part in merges for overlay in part.overlays]
+    gone = [*deletion.unlinks, *(image for part in merges for image in part.gone)]
+    for fold in deletion.folds:
+        if in_place:
+            written += [fold.into, *fold.gone]
+        else:
+            gone.append(fold.into)
+    for image in written:
+        rights.refuse_unwritable(image.path)
+    for image in gone:
+        if image.ours:
+            rights.refuse_unremovable(image.path)
 
 
 async def _refuse_used(path: Path) -> None:
