@@ -135,14 +135,16 @@ async def check(vm: VM, deletions: Sequence[Deletion], *, space: bool = True) ->
         for image in deletion.unlinks:
             await _refuse_used(image.path)
             sharers.refuse_overlays(vm, image, mine)
+        _refuse_what_is_lost(deletion.unlinks, by="a delete")
         for fold in deletion.folds:
             await _check_layers(vm, (fold.into, *fold.gone), mine)
-            _refuse_what_a_merge_loses((fold.into, *fold.gone))
+            _refuse_what_is_lost((fold.into, *fold.gone))
         for pull in deletion.pulls:
             await _check_layers(vm, pull.overlays, mine)
             for image in (i for i in pull.gone if i.ours):
                 sharers.refuse_overlays(vm, image, mine)
-            _refuse_what_a_merge_loses(pull.gone)
+            _refuse_what_is_lost([i for i in pull.gone if i.ours])  # what is not stays as it is
+            _refuse_what_is_lost(pull.overlays, bitmaps=False)  # they may show what is no longer below them then
             _refuse_short_layers(pull)
         _refuse_without_rights(deletion, in_place=space)
     if space:
@@ -181,12 +183,13 @@ async def _refuse_used(path: Path) -> None:
         await asyncio.sleep(0.05)
 
 
-def _refuse_what_a_merge_loses(images: Sequence[Image]) -> None:
+def _refuse_what_is_lost(images: Sequence[Image], *, by: str = "a merge", bitmaps: bool = True) -> None:
     for image in images:
         found = header(image.path, image.fmt)
-        if found and (found.has_bitmaps or found.snapshots):
-            what = "persistent dirty bitmaps" if found.has_bitmaps else "internal snapshots"
-            raise UnsupportedDisk(f"{image.path} holds {what}; a merge would lose them",
+        has_bitmaps = bool(bitmaps and found and found.has_bitmaps)
+        if found and (has_bitmaps or found.snapshots):
+            what = "persistent dirty bitmaps" if has_bitmaps else "internal snapshots"
+            raise UnsupportedDisk(f"{image.path} holds {what}; {by} would lose them",
                                   hint="qemu-img bitmap --remove / qemu-img snapshot -d, if nobody needs them; "
                                        "then: diskchain check --repair")  # fmt: skip
 

@@ -160,6 +160,41 @@ def test_layer_with_bitmaps_or_internal_snapshots_is_not_merged_and_is_when_they
 
 
 @pytest.mark.parametrize("kind", BURDENS)
+def test_leaf_with_bitmaps_or_internal_snapshots_is_not_unlinked_and_is_when_they_are_gone(
+    tree: Rig, kind: str
+) -> None:
+    """They would go with the file; the remedy is that of a merge."""
+    layer = tree.active()["vda"]
+    burden(tree, kind, layer)
+    tree.ok("revert", "vm", "s3", "-y")
+    tree.remember("now")
+    with unchanged(tree):
+        error = refused(tree, "delete", "vm", "before-revert-2", "-y", code=6, says=f"{BURDENS[kind][2]}; a delete")
+        assert str(layer) in error["message"]
+    burden(tree, kind, layer, away=True)
+    tree.ok("check", "vm", "--repair", "-y")
+    tree.ok("delete", "vm", "before-revert-2", "-y")
+    assert not layer.exists() and tree.verdict(present="now") == []
+
+
+@pytest.mark.parametrize("kind", BURDENS)
+def test_copy_into_a_layer_keeps_its_bitmaps_and_refuses_internal_snapshots(tree: Rig, kind: str) -> None:
+    """An internal snapshot shows what lies below wherever it holds nothing itself: it would show something else then."""
+    layer = tree.active()["vda"]
+    burden(tree, kind, layer)
+    tree.remember("before-revert-2")
+    tree.ok("revert", "vm", "s3", "-y")
+    tree.remember("now")
+    if kind == "snapshot":
+        with unchanged(tree):
+            refused(tree, "delete", "vm", "s3", "--copy", "-y", code=6, says="internal snapshots")
+    else:
+        tree.ok("delete", "vm", "s3", "--copy", "-y")
+        assert '"name": "x"' in tree.qemu_img("info", "--output=json", str(layer))
+    assert tree.verdict(present="now") == []
+
+
+@pytest.mark.parametrize("kind", BURDENS)
 def test_frozen_layer_that_was_written_to_as_well_is_not_taken_for_one_without_its_bitmaps(
     tree: Rig, kind: str
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ SHORTER = {  # bytes and format of a template, layout of the 16 MiB image on it
 }
 
 
-def on_template(rig: Rig, size: int, fmt: str, layout: str) -> Path:
+def on_template(rig: Rig, size: int, fmt: str, layout: str, *, burden: Sequence[str] = ()) -> Path:
     """A template with data up to its last byte, and a machine with an image of 16 MiB on it; return the template."""
     template = rig.dir / f"template.{fmt}"
     rig.qemu_img("create", "-q", "-f", fmt, str(template), str(size))
@@ -95,6 +96,8 @@ def on_template(rig: Rig, size: int, fmt: str, layout: str) -> Path:
         subprocess.run(
             ["qemu-io", "-f", fmt, "-c", f"write -P 5 {size - 1024} 1k", template], check=True, capture_output=True
         )
+    if burden:
+        rig.qemu_img(*burden, str(template))
     image, words = rig.dir / "vda.qcow2", ["-o", layout, "-b", template.name, "-F", fmt]
     rig.qemu_img("create", "-q", "-f", "qcow2", *words, str(image), str(16 * MiB))
     scribble(image, 2)
@@ -147,5 +150,18 @@ def test_copy_is_refused_where_a_longer_image_below_would_show(tmp_path: Path) -
     rig.remember("now")
     with unchanged(rig):
         refused(rig, "delete", "vm", "s1", "--copy", "-y", code=6, says="was resized")
+    assert rig.verdict(present="now") == []
+    rig.destroy()
+
+
+def test_detach_from_a_template_with_internal_snapshots_leaves_it_as_it_is(tmp_path: Path) -> None:
+    """The file stays, so nothing in it is lost."""
+    rig = Rig(tmp_path / "vm", targets=("vda",), size=16 * MiB)
+    template = on_template(rig, *SHORTER["half"], burden=("snapshot", "-c", "x"))
+    before = template.read_bytes()
+    rig.remember("now")
+    rig.ok("detach", "vm")
+    assert template.read_bytes() == before
+    template.unlink()
     assert rig.verdict(present="now") == []
     rig.destroy()
