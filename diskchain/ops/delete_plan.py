@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -148,7 +149,7 @@ async def check(vm: VM, deletions: Sequence[Deletion], *, space: bool = True) ->
             _refuse_short_layers(pull)
         _refuse_without_rights(deletion, in_place=space)
     if space:
-        _check_space(deletions)
+        _check_space(vm, deletions)
 
 
 async def _check_layers(vm: VM, images: Sequence[Image], mine: Sequence[Image]) -> None:
@@ -226,14 +227,24 @@ def _growths(deletion: Deletion) -> Iterator[tuple[Path, int]]:
             yield overlay.path, merge.pulled(pull, overlay)
 
 
-def _check_space(deletions: Sequence[Deletion]) -> None:
-    needs = _needs(deletions)
-    freed = sum(s.memory.bytes for d in deletions for s in (*d.snapshots, *d.waits) if s.memory.saved)
+def _freed(vm: VM, deletions: Sequence[Deletion]) -> dict[int, int]:
+    """Bytes that saved memory gives back before a merge begins, by filesystem."""
+    freed: dict[int, int] = {}
+    for snapshot in (s for d in deletions for s in (*d.snapshots, *d.waits) if s.memory.saved):
+        with contextlib.suppress(OSError):  # not there any more: nothing is freed
+            status = vm.home.memory(snapshot.id).stat()
+            freed[status.st_dev] = freed.get(status.st_dev, 0) + status.st_blocks * 512
+    return freed
+
+
+def _check_space(vm: VM, deletions: Sequence[Deletion]) -> None:
+    needs, freed = _needs(deletions), _freed(vm, deletions)
     for path in (path for d in deletions for path, _ in _growths(d)):
-        need, free = needs[path.parent.stat().st_dev], files.free_bytes(path)
-        if need > free + freed:
+        device = path.parent.stat().st_dev
+        need, free, more = needs[device], files.free_bytes(path), freed.get(device, 0)
+        if need > free + more:
             raise NoSpace(f"merging into {path.name} needs up to {text_of(need)}, {text_of(free)} are free",
-                          hint=f"free {text_of(need - free)} on {path.parent}" + _what_fits(deletions))  # fmt: skip
+                          hint=f"free {text_of(need - free - more)} on {path.parent}" + _what_fits(deletions))  # fmt: skip
 
 
 def _what_fits(deletions: Sequence[Deletion]) -> str:
