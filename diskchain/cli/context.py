@@ -10,7 +10,7 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -20,7 +20,7 @@ import click
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import printable
 from diskchain.cli import render
-from diskchain.cli.app import App, Signalled
+from diskchain.cli.app import App, Signalled, error_json, explained
 from diskchain.cli.progress import LineProgress
 from diskchain.config import load_config
 from diskchain.drivers.domains import choose_uri
@@ -164,6 +164,24 @@ def note(app: App, text: str) -> None:
 def show_plan(app: App, plan: Plan) -> None:
     """Answer a --dry-run."""
     answer(app, {"plan": plan.to_json()}, render.plan_lines(plan))
+
+
+@contextlib.contextmanager
+def planning(app: App, *, dry_run: bool) -> Iterator[Callable[[Plan], None]]:
+    """Look, make a plan, tell of it by the callable, then see whether anything stands in its way.
+
+    A --dry-run is answered at the end: by the plan, and by what was raised after it was made.
+    """
+    made: list[Plan] = []
+    try:
+        yield made.append
+    except DiskchainError as error:
+        if dry_run and made:
+            body = {"plan": made[-1].to_json(), "error": error_json(*explained(app, error))}
+            answer(app, body, render.plan_lines(made[-1]))
+        raise
+    if dry_run:
+        show_plan(app, made[-1])
 
 
 class Asked(Exception):

@@ -159,23 +159,24 @@ def _on_each(vm: str, asked: Asked, jobs: int, wait: float | None) -> None:
 async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
     if not asked.restart:
         await context.settle_before_plan(app, host, name, asked.word, dry_run=asked.dry_run)
-    async with host.look(name) as vm:
-        is_on = not (await vm.driver.state()).is_off
-        at_once = asked.restart or asked.copy or asked.to is not None
-        ids, later = asked.pick(vm.catalog), asked.when_stopped or (is_on and not at_once)
-        deletions = _chosen(vm, asked, plan_all(vm.catalog, ids, data=not later, copy=asked.copy))
-        plan = _with_power(vm, _plan(vm, asked, deletions), deletions, is_on, asked.restart)
-        if asked.dry_run:
-            context.show_plan(app, plan)
-            return
-        if is_on and asked.restart:
-            await vm.driver.refuse("restart")
-        else:
-            await _check(vm, asked, deletions)
-        if asked.rate and is_on and later:
-            context.progress(app).warn(
-                f"{name} is on: it is only recorded; the rate is not (diskchain merge has --rate)"
-            )
+    with context.planning(app, dry_run=asked.dry_run) as planned:
+        async with host.look(name) as vm:
+            is_on = not (await vm.driver.state()).is_off
+            at_once = asked.restart or asked.copy or asked.to is not None
+            ids, later = asked.pick(vm.catalog), asked.when_stopped or (is_on and not at_once)
+            deletions = _chosen(vm, asked, plan_all(vm.catalog, ids, data=not later, copy=asked.copy))
+            plan = _with_power(vm, _plan(vm, asked, deletions), deletions, is_on, asked.restart)
+            planned(plan)
+            if is_on and asked.restart:
+                await vm.driver.refuse("restart")
+            elif not (asked.dry_run and look.is_unfinished(vm)):  # that comes first, and changes what there is to check
+                await _check(vm, asked, deletions)
+            if asked.rate and is_on and later:
+                context.progress(app).warn(
+                    f"{name} is on: it is only recorded; the rate is not (diskchain merge has --rate)"
+                )
+    if asked.dry_run:
+        return
     context.confirm(app, plan, f"{asked.word.capitalize()}?", yes=asked.yes, about=ids)
     async with host.change(name, asked.word) as vm:
         if asked.restart:

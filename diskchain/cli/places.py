@@ -12,8 +12,8 @@ from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common
 from diskchain.cli.options import changing_options, jobs_option, vms_argument
 from diskchain.ops import detach as ops_detach
+from diskchain.ops import look, redefine
 from diskchain.ops import move as ops_move
-from diskchain.ops import redefine
 from diskchain.ops.vm import Host
 
 _DIR = click.Path(path_type=Path)
@@ -37,8 +37,13 @@ def detach(vm: str, to: Path | None, jobs: int, wait: float | None, dry_run: boo
 
 async def _detach(app: App, host: Host, name: str, directory: Path | None, dry_run: bool) -> None:
     if dry_run:
-        async with host.look(name) as vm:
-            context.show_plan(app, ops_detach.to_plan(vm, ops_detach.plan(vm, directory)))
+        await context.settle_before_plan(app, host, name, "detach", dry_run=True)
+        with context.planning(app, dry_run=True) as planned:
+            async with host.look(name) as vm:
+                found = ops_detach.plan(vm, directory)
+                planned(ops_detach.to_plan(vm, found))
+                if not look.is_unfinished(vm):
+                    await ops_detach.check(vm, found)
         return
     async with context.changing(app, host, name, "detach", adopt=True) as vm:
         found = ops_detach.plan(vm, directory)
@@ -68,8 +73,13 @@ def move(vm: str, to: Path, jobs: int, wait: float | None, dry_run: bool) -> Non
 
 async def _move(app: App, host: Host, name: str, directory: Path, dry_run: bool) -> None:
     if dry_run:
-        async with host.look(name) as vm:
-            context.show_plan(app, ops_move.to_plan(vm, ops_move.plan_move(vm, directory)))
+        await context.settle_before_plan(app, host, name, "move", dry_run=True)
+        with context.planning(app, dry_run=True) as planned:
+            async with host.look(name) as vm:
+                found = ops_move.plan_move(vm, directory)
+                planned(ops_move.to_plan(vm, found))
+                if not look.is_unfinished(vm):
+                    await ops_move.check(vm, found)
         return
     async with context.changing(app, host, name, "move", adopt=True) as vm:
         found = ops_move.plan_move(vm, directory)

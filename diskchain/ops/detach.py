@@ -16,7 +16,7 @@ from diskchain.chain.model import Catalog, Image, layer_name
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.errors import HasSharers, NotFound
-from diskchain.ops import delete, delete_plan, elsewhere, merge, sharers
+from diskchain.ops import delete, delete_plan, elsewhere, layers, merge, sharers
 from diskchain.ops.elsewhere import Item
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import Progress
@@ -110,7 +110,10 @@ async def check(vm: VM, found: Detach) -> None:
 
 
 def to_plan(vm: VM, found: Detach) -> Plan:
-    """Return the plan in words and figures."""
+    """Return the plan in words and figures. Raise HostileImage, ChainDamaged: what is measured is verified before."""
+    delete_plan.verify(vm.catalog, _deletion(found.pulls))
+    for item in found.items:
+        layers.verify_chain(vm.catalog, item.id)
     images, count = vm.catalog.images, 0
     steps: list[str] = []
     for pull in found.pulls:

@@ -121,7 +121,9 @@ def test_base_users_tells_defined_running_and_saved_domains(saved: Saved) -> Non
     assert said() == [("the domain vm", "stands on it", "running")]
     rig.virsh("managedsave", "vm")
     assert said() == [("the domain vm", "stands on it", "saved")]
-    refused(rig, "detach", "vm", code=6, says="managed save")
+    for words in (["detach", "vm"], ["move", "vm", "--to", str(rig.dir / "there")]):
+        for more in ([], ["-n"]):
+            refused(rig, *words, *more, code=6, says="managed save")
     rig.virsh("managedsave-remove", "vm")
 
 
@@ -189,24 +191,24 @@ def test_detach_of_disks_on_one_base_writes_into_none_of_the_images_below(
     daemon: Libvirtd, tmp_path: Path, killed: str
 ) -> None:
     """vda stands on another image that is not ours, and that on the base: both are as they were, and not needed."""
-    rig = OneBase(tmp_path / "vm", daemon=daemon, size=8 * MiB)
+    rig = OneBase(tmp_path / "vm", daemon=daemon, name="one", size=8 * MiB)
     rig.mid = True
     try:
         rig.build(guest=False)
         rig.remember("now")
         below = {rig.dir / name: (rig.dir / name).read_bytes() for name in ("base.qcow2", "mid.qcow2")}
-        plan = rig.ok("detach", "vm", "-n").out
+        plan = rig.ok("detach", "one", "-n").out
         assert "up into mid" not in plan and "vdb: copy up to" in plan
         if killed:
-            assert rig.killed("detach", "vm", at=killed)
-            rig.ok("recover", "vm")
+            assert rig.killed("detach", "one", at=killed)
+            rig.ok("recover", "one")
         else:
-            assert set(rig.ok("--json", "detach", "vm").json["let_go"]) == set(map(str, below))
+            assert set(rig.ok("--json", "detach", "one").json["let_go"]) == set(map(str, below))
         assert {path: path.read_bytes() for path in below} == below
         for path in below:
             path.unlink()
         assert rig.verdict(present="now") == []
-        rig.ok("create", "vm", "s1")
+        rig.ok("create", "one", "s1")
     finally:
         rig.destroy()
 
@@ -215,15 +217,15 @@ def test_detach_that_copies_a_sealed_layer_keeps_the_base_for_the_disk_that_is_c
     daemon: Libvirtd, tmp_path: Path
 ) -> None:
     """One disk gets a new file for its sealed layer, the other takes what it needs of the base after that."""
-    rig = OneBase(tmp_path / "vm", daemon=daemon, size=8 * MiB)
+    rig = OneBase(tmp_path / "vm", daemon=daemon, name="one", size=8 * MiB)
     try:
         rig.build(guest=False)
         rig.remember("s1")
         rig.remember("now")
-        rig.ok("create", "vm", "s1")
+        rig.ok("create", "one", "s1")
         rig.ok("base", "seal", str(rig.dir / "vda.qcow2"))
         below = [rig.dir / "base.qcow2", rig.dir / "vda.qcow2"]
-        assert set(rig.ok("--json", "detach", "vm").json["let_go"]) == set(map(str, below))
+        assert set(rig.ok("--json", "detach", "one").json["let_go"]) == set(map(str, below))
         for path in below:
             path.unlink()
         assert rig.verdict(present="now") == []

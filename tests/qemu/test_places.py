@@ -38,7 +38,11 @@ def test_no_space_names_the_need_and_every_way_out_and_each_of_them_works_at_zer
     rig, disk, roomy = small
     disk.fill()
     with unchanged(rig):
-        hint = refused(rig, "delete", "vm", "s3", "-y", code=7, says="needs up to")["hint"]
+        error = refused(rig, "delete", "vm", "s3", "-y", code=7, says="needs up to")
+        hint, tried = error["hint"], rig.run("--json", "delete", "vm", "s3", "-n")
+        assert tried.code == 7 and tried.json["error"] == error and tried.json["plan"]["space_needed"] > 0
+        tried = rig.run("--json", "detach", "vm", "-n")
+        assert tried.code == 7 and tried.json["error"] == refused(rig, "detach", "vm", code=7)
     assert f"diskchain delete vm s3 --to {roomy} (needs " in hint
     assert f"diskchain detach vm --to {roomy} (needs " in hint and f"diskchain move vm --to {roomy} (needs " in hint
     assert re.search(r"needs [\d.]+[KM], [\d.]+[GT] free", hint)

@@ -105,6 +105,20 @@ def test_delete_keeps_to_its_rate_also_when_recover_goes_on_with_it(
     web1.run("delete", "web1", "two", "-y", "--rate", "fast", code=2)
 
 
+@pytest.mark.parametrize("words", [("delete", "web1", "one"), ("accept", "web1"), ("delete", "web1", "one", "--copy")])
+def test_dry_run_ends_as_the_run_does_when_something_stands_in_the_way(web1: Web1, words: tuple[str, ...]) -> None:
+    """The plan, then the same error; in JSON one object has both."""
+    subprocess.run(["qemu-img", "bitmap", "--add", web1.active(), "b"], check=True)
+    web1.run("create", "web1", "one")
+    said = web1.run(*words, "-y", code=6)
+    tried = web1.run(*words, "-n", code=6)
+    assert tried.err == said.err and "dirty bitmaps" in tried.err and "fold" in tried.out
+    both = web1.run(*words, "-n", "--json", code=6).json
+    assert both["plan"]["steps"] and both["error"] == web1.run(*words, "-y", "--json", code=6).json["error"]
+    (several,) = web1.run(*words[:1], "web*", *words[2:], "-n", "--json", code=6).json["results"]
+    assert several["plan"] == both["plan"] and several["error"] == both["error"]
+
+
 def test_delete_of_a_leaf_frees_what_list_said(web1: Web1) -> None:
     web1.run("create", "web1", "one")
     web1.write(2, "0")
