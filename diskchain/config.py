@@ -41,6 +41,7 @@ class MergeSettings:
     """[merge]"""
 
     io_priority: str = "normal"  # normal | idle: whether a merge gets the disk only while nobody else wants it
+    on_start: str = "interrupt"  # interrupt | wait | refuse: what a start does while another command merges
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class Config:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what @NAME means: names and patterns of VMs
 
 
-_WORDS = {"merge.io_priority": ("normal", "idle")}  # settings that are one of some words
+_WORDS = {  # settings that are one of some words
+    "merge.io_priority": ("normal", "idle"),
+    "merge.on_start": ("interrupt", "wait", "refuse"),
+}
 
 
 def _usual_dirs(env: Mapping[str, str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from diskchain.cli.app import App, common
 from diskchain.cli.options import Duration, changing_options, jobs_option, vms_argument, yes_option
 from diskchain.drivers.protocol import VMState
 from diskchain.host import locks
-from diskchain.ops import look, power
+from diskchain.ops import look, power, right_of_way
 from diskchain.ops.merge import Merged
 from diskchain.ops.vm import VM, Host
 
@@ -25,7 +25,7 @@ from diskchain.ops.vm import VM, Host
 @changing_options
 @common
 def start(vm: str, paused: bool, jobs: int, wait: float | None, dry_run: bool) -> None:
-    """Start a VM on its active layers. An interrupted merge is put off for it."""
+    """Start a VM on its active layers. A merge is stopped and put off for it."""
     app = context.current()
     host = context.open_host(app, wait)
     many.on_each(app, host, vm, lambda app, name: _start(app, host, name, paused, dry_run), jobs=jobs)
@@ -41,8 +41,9 @@ async def _start(app: App, host: Host, name: str, paused: bool, dry_run: bool) -
         if before is VMState.RUNNING:
             _tell(app, vm.name, before.value, changed=False)
             return
-    async with host.change(name, "start") as vm:
-        changed = await power.start(vm, context.progress(app), paused=paused)
+    progress = context.progress(app)
+    async with right_of_way.taken(host, name, progress, lambda text: context.note(app, text)) as vm:
+        changed = await power.start(vm, progress, paused=paused)
         _tell(app, vm.name, (await vm.driver.state()).value, changed=changed)
 
 

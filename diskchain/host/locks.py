@@ -9,7 +9,9 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from diskchain.errors import Busy, DiskchainError
 from diskchain.host.files import os_errors
@@ -20,8 +22,10 @@ from diskchain.host.process import process_id
 # Whoever holds both 101 and 201 looks to QEMU like a writer that tolerates no other: no VM starts on the image or
 # on an overlay of it, no reader without -U gets in. Measured on QEMU 7.2 (facts.md).
 _WRITES, _SHARES_NO_WRITES = 101, 201
+_ANNOUNCE_WITHIN = 1.0  # seconds
 GUARD_WAIT = 10.0  # seconds that an orphaned engine has to go away, before an image guard is given up
-_NOTE = 512  # bytes of a lock file: the note of its holder, padded
+_NOTE = 512  # bytes of a lock file: the note of its holder, padded; it is taken back when the lock is free
+_FAR = 256  # bytes after it: how far its holder is, padded
 
 
 @contextlib.contextmanager
@@ -31,7 +35,10 @@ def vm_lock(path: Path, operation: str, *, wait: float) -> Iterator[None]:
     try:
         _flock_within(fd, path, wait)
         _note_holder(fd, operation)
-        yield
+        try:
+            yield
+        finally:
+            _write_note(fd, "")  # we may live on, at work on another VM
     finally:
         os.close(fd)
 
@@ -44,8 +51,12 @@ def _note_holder(fd: int, operation: str) -> None:
     me = process_id(os.getpid())
     note = {"pid": os.getpid(), "start": me.start if me else 0, "operation": operation,
             "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
+    _write_note(fd, json.dumps(note))
+
+
+def _write_note(fd: int, text: str) -> None:
     with contextlib.suppress(OSError):
-        os.pwrite(fd, json.dumps(note).ljust(_NOTE).encode(), 0)
+        os.pwrite(fd, text.ljust(_NOTE).encode().ljust(_NOTE + _FAR), 0)
 
 
 def _open_lock(path: Path) -> int:
@@ -77,10 +88,18 @@ def _require_there(fd: int, path: Path) -> None:
         raise Busy("the records of this VM were moved or removed meanwhile", hint="look again, then try again")
 
 
+def _read_note(path: Path) -> dict[str, Any]:
+    """Return the note of a lock's holder. Raise OSError, ValueError where there is none."""
+    note = json.loads(path.read_bytes()[:_NOTE])
+    if not isinstance(note, dict):
+        raise ValueError("no note")
+    return note
+
+
 def holder(path: Path) -> str:
     """Given a lock file, return who holds it in words; for messages only."""
     try:
-        note = json.loads(path.read_text())
+        note = _read_note(path)
         return f"{note['operation']} (pid {note['pid']}, since {note['since']})"
     except (OSError, ValueError, KeyError):
         return "unknown"
@@ -89,11 +108,104 @@ def holder(path: Path) -> str:
 def holder_operation(path: Path) -> str | None:
     """Given a lock file, return the operation of its living holder, or None."""
     try:
-        note = json.loads(path.read_text())
+        note = _read_note(path)
         who = process_id(int(note["pid"]))
         return str(note["operation"]) if who and who.start == note["start"] else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+# -- how far the holder is, and who waits for it -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Far:
+    """How far the holder of a lock is with a long piece of work, in bytes."""
+
+    what: str
+    done: int
+    total: int
+
+
+def note_far(path: Path, far: Far) -> None:
+    """Write down how far we, who hold the lock, are; for those who wait, so quietly nothing when it can't be written."""
+    text = json.dumps(asdict(far)).encode()
+    if len(text) <= _FAR:
+        with (
+            contextlib.suppress(OSError),
+            open(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "wb") as file,
+        ):
+            os.pwrite(file.fileno(), text.ljust(_FAR), _NOTE)
+
+
+def holder_far(path: Path) -> Far | None:
+    """Given a lock file, return how far its holder said to be."""
+    try:
+        return Far(**json.loads(path.read_bytes()[_NOTE:]))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def announced(path: Path, operation: str) -> Iterator[None]:
+    """Let `announcer` tell, while the block runs and only as long as we live, that we wait for somebody.
+
+    A lock on a file of its own: a signal could hit a process that is at something else by then, and a note would outlive
+    us. Quietly nothing where the file can't be made, or another announces himself there already.
+    """
+    fd = _announce(path)
+    if fd is None:
+        yield
+        return
+    try:
+        _note_holder(fd, operation)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _announce(path: Path) -> int | None:
+    """Return a descriptor that holds the lock of a file which is still there by then."""
+    end = time.monotonic() + _ANNOUNCE_WITHIN
+    while time.monotonic() < end:  # whoever looks holds it for a moment
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _require_there(fd, path)
+            return fd
+        except (OSError, Busy):
+            os.close(fd)
+        time.sleep(0.01)
+    return None
+
+
+def announcer(path: Path) -> int | None:
+    """Return the pid of the living process that announces itself there (0: not known), or None."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _announced_pid(path)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _announced_pid(path: Path) -> int:
+    try:
+        return int(_read_note(path)["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 class ImageGuard:

@@ -26,7 +26,7 @@ from diskchain.host import files, locks, qemu_img
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
 from diskchain.host.qemu_img import Pace
-from diskchain.ops import layers, merge
+from diskchain.ops import layers, merge, right_of_way
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import VM, new_id, now_utc, remove_snapshot_dir
@@ -204,7 +204,8 @@ async def _move_all(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
     with _guarded(deletion) as guard:
         await _require_off(vm)
         if entry.state != "relink":
-            merged = await _merge_all(vm, entry, deletion, guard, progress)
+            async with right_of_way.yielded(vm, entry, progress) as told:
+                merged = await _merge_all(vm, entry, deletion, guard, told)
             await _require_off(vm)  # a QEMU that takes no locks (facts.md) was not held off by the guard
             entry.advance("relink")
         else:

@@ -36,7 +36,7 @@ from diskchain.store import journal
 from diskchain.store.catalog import Home
 from diskchain.store.journal import Entry
 
-_NOT_COPIED = ("lock", "reserve", "journal", "catalog.json", "RECOVER.txt")
+_NOT_COPIED = ("lock", "start-waits", "reserve", "journal", "catalog.json", "RECOVER.txt")
 
 
 @dataclass(frozen=True)

@@ -161,11 +161,18 @@ async def _elsewhere(vm: VM, entry: Entry, progress: Progress, undo: bool, finis
 
 async def before_start(vm: VM, progress: Progress) -> Recovered | None:
     """`start` wins: an interrupted commit is put off (after a look at both layers), everything else is resolved."""
+    return await put_off(vm) or await recover(vm, progress)
+
+
+async def put_off(vm: VM) -> Recovered | None:
+    """Let an interrupted merge be pending again, after a look at both layers; return None where there is none, or where
+    it has begun to relink. Raise ChainDamaged, Busy.
+    """
     entry = journal.open_entry(vm.home)
-    if entry is not None and entry.op == "delete" and entry.state in ("intent", "commit") and delete.moves_data(entry):
-        await delete.make_bootable(vm, entry)
-        delete.defer(vm, entry)
-        if not (entry.data["snapshots"] or entry.data["waits"]):  # a detach: nothing remembers it
-            return Recovered("delete", entry.data["name"], entry.state, "undone", "it was given up for the start")
-        return Recovered("delete", entry.data["name"], entry.state, "deferred", "it merges at the next stop")
-    return await recover(vm, progress)
+    if entry is None or entry.op != "delete" or entry.state not in ("intent", "commit") or not delete.moves_data(entry):
+        return None
+    await delete.make_bootable(vm, entry)
+    delete.defer(vm, entry)
+    if not (entry.data["snapshots"] or entry.data["waits"]):  # a detach: nothing remembers it
+        return Recovered("delete", entry.data["name"], entry.state, "undone", "it was given up for the start")
+    return Recovered("delete", entry.data["name"], entry.state, "deferred", "it merges at the next stop")

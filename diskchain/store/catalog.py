@@ -30,6 +30,7 @@ class Home:
         self.catalog = path / "catalog.json"
         self.journal = path / "journal"
         self.lock = path / "lock"
+        self.start_waits = path / "start-waits"  # locked by a `start` that finds a merge at work
         self.reserve = Reserve(path / "reserve")
         self.recover_txt = path / "RECOVER.txt"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.support.console import Console
 from tests.support.domain import DomainRig
 from tests.support.refusals import refused
-from tests.support.rig import MiB
+from tests.support.rig import MiB, wait_for
 
 KiB = 1024
 Make = Callable[..., DomainRig]
@@ -64,6 +64,26 @@ def test_domain_on_an_image_with_a_colon_in_its_name(domain: Make) -> None:
     rig.expected["before-revert-1"] = rig.expected["now"]
     rig.ok("revert", "vm", "one", "-y")
     assert rig.verdict(present="one") == [] and rig.ok("check", "vm").code == 0
+
+
+def test_start_of_a_domain_stops_the_merge_of_another_command(domain: Make) -> None:
+    """As of a machine; libvirt starts it on the layers of before."""
+    rig = domain(guest=False, targets=("vda",), size=64 * MiB)
+    rig.write(1, 0, MiB)
+    rig.remember("s1")
+    rig.ok("create", "vm", "s1")
+    rig.write(2, 512 * KiB, 48 * MiB)
+    rig.remember("now")
+    merge = rig.popen("delete", "vm", "s1", "-y", "--rate", "1M")
+    (records,) = rig.dir.glob(".diskchain/*")
+    wait_for(lambda: "merging" in (records / "lock").read_text(), "the merge moves data")
+    rig.ok("start", "vm", "--paused")
+    out, err = merge.communicate(timeout=150)
+    assert merge.returncode == 3 and "merge interrupted: vm was started by pid" in err, (out, err)
+    assert rig.virsh("domstate", "vm") == "paused" and rig.verdict(present="now") == []
+    rig.ok("stop", "vm", "--force", "-y")
+    assert rig.verdict(present="now") == [] and rig.ok("list", "vm", "--json").json["pending"] == []
+    assert sorted(p.name for p in rig.active().values()) == ["vda.qcow2"]
 
 
 def test_running_domain_memory_revert_undo_and_delete(domain: Make) -> None:

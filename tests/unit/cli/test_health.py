@@ -242,7 +242,6 @@ def _interrupted(w: Web1) -> None:
     body = {"op": "create", "id": "0123456789ab", "state": "intent", "started": "2026-01-01T00:00:00Z", "pid": 1,
             "boot": "", "data": {"name": "three"}}  # fmt: skip
     (home(w) / "journal" / "0123456789ab.json").write_bytes(record.dump("journal", body))
-    (home(w) / "lock").unlink()  # it names this process, which lives
 
 
 def _memory(w: Web1, *, mode: int, content: bytes | None, status: str = "saved") -> None:

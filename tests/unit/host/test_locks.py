@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,18 @@ from pathlib import Path
 import pytest
 
 from diskchain.errors import Busy
-from diskchain.host.locks import guard_images, holder_operation, image_in_use, open_by, vm_lock
+from diskchain.host.locks import (
+    Far,
+    announced,
+    announcer,
+    guard_images,
+    holder_far,
+    holder_operation,
+    image_in_use,
+    note_far,
+    open_by,
+    vm_lock,
+)
 
 
 def img(*args: str) -> subprocess.CompletedProcess[str]:
@@ -89,3 +101,27 @@ with vm_lock(Path({str(lock)!r}), "create web1", wait=0):
     other.wait()
     with vm_lock(lock, "delete web1", wait=5):
         assert holder_operation(lock) == "delete web1"
+
+
+def test_vm_lock_that_is_free_names_nobody_though_its_holder_lives_on(tmp_path: Path) -> None:
+    """A merge of many VMs goes from lock to lock."""
+    lock = tmp_path / "lock"
+    with vm_lock(lock, "merge web1", wait=0):
+        note_far(lock, Far("merging vda", 1, 4))
+        assert (holder_operation(lock), holder_far(lock)) == ("merge web1", Far("merging vda", 1, 4))
+    assert (holder_operation(lock), holder_far(lock)) == (None, None)
+
+
+def test_announced_is_told_as_long_as_the_block_runs_and_never_hinders(tmp_path: Path) -> None:
+    """A second one goes on quietly, and so does one where no file can be made; what a kill left says nothing."""
+    path = tmp_path / "waits"
+    path.write_text("left by a kill")
+    assert announcer(path) is None
+    with announced(path, "start web1"):
+        assert announcer(path) == os.getpid()
+        with announced(path, "start web1"):
+            assert announcer(path) == os.getpid()
+        assert announcer(path) == os.getpid()
+    assert announcer(path) is None and not path.exists()
+    with announced(tmp_path / "not/there", "start web1"):
+        pass

@@ -1,0 +1,202 @@
+"""`start` while another command merges, on real images: it does not wait, and no state is hurt; the settings that let it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.refusals import grow_tree
+from tests.support.rig import Answer, MiB, Rig, wait_for
+from tests.support.roaming import Roaming
+
+# s1 - before-revert-1, s1 - s3 - (now)
+MERGES = {
+    "delete": (("delete", "vm", "s3", "-y"), {"s3"}),
+    "accept": (("accept", "vm", "--drop-branches", "-y"), {"s1", "s3", "before-revert-1"}),
+    "copy": (("delete", "vm", "s1", "--copy", "-y"), {"s1"}),
+    "merge": (("merge", "vm"), {"s3"}),
+}
+SLOW = ("--rate", "1M")  # a minute and more
+
+
+def grow(rig: Rig) -> None:
+    """Two branches, and much in the layers that are moved."""
+    rig.build(guest=False)
+    for pattern, name, offset, length in (
+        (1, "s1", 0, 32),
+        (2, "before-revert-1", 8, 1),
+        (3, "s3", 16, 1),
+        (4, "now", 24, 64),
+    ):
+        rig.write(pattern, offset * MiB, length * MiB)
+        rig.remember(name)
+        if name == "before-revert-1":
+            rig.ok("revert", "vm", "s1", "-y")
+        elif name != "now":
+            rig.ok("create", "vm", name)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """One disk."""
+    made = Rig(tmp_path / "vm", targets=("vda",), memory="64 MiB", size=128 * MiB)
+    yield made
+    made.destroy()
+
+
+def in_records(rig: Rig, name: str) -> Path:
+    """A file of the VM's records."""
+    (path,) = rig.dir.glob(".diskchain/*/catalog.json")
+    return path.with_name(name)
+
+
+def at_work(rig: Rig) -> bool:
+    """Whether data is being moved, and somebody could be told how far it is."""
+    return "merging" in in_records(rig, "lock").read_text()
+
+
+def end_of(process: subprocess.Popen[str]) -> Answer:
+    """Wait for a command's end."""
+    out, err = process.communicate(timeout=150)
+    return Answer(process.returncode, out, err)
+
+
+def starts_by_hand(rig: Rig) -> subprocess.Popen[str]:
+    """A start that has come so far that it asks for its way."""
+    start = rig.popen("start", "vm", "--paused")
+    wait_for(lambda: in_records(rig, "start-waits").exists() or start.poll() is not None, "it asks")
+    return start
+
+
+def check_pending_then_merged(rig: Rig, gone: set[str]) -> None:
+    """The VM is on, and every state is right; stop carries the merge out."""
+    assert rig.pid() and rig.verdict(present="now") == [] and gone.isdisjoint(rig.snapshots())
+    assert {one["snapshot"] for one in rig.ok("list", "vm", "--json").json["pending"]} <= gone
+    rig.ok("stop", "vm", "--force", "-y")
+    left = [one["op"] for one in rig.ok("list", "vm", "--json").json["pending"]]
+    assert rig.verdict(present="now") == [] and left == ["wait"] * len(left)  # at a fork
+    assert not in_records(rig, "start-waits").exists()
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_start_stops_the_merge_of_another_command_and_it_is_pending(rig: Rig, name: str) -> None:
+    """Down, up, several at once, and one that was put off before."""
+    grow(rig)
+    words, gone = MERGES[name]
+    if name == "merge":
+        rig.ok("delete", "vm", "s3", "--when-stopped", "-y")
+    merge = rig.popen(*words, *SLOW, "--json")
+    wait_for(lambda: at_work(rig), "the merge moves data")
+    start = rig.popen("start", "vm", "--paused", "--wait", "0s")
+    answer, started = end_of(merge), end_of(start)
+    assert (answer.code, started.code) == (3, 0), (answer, started)
+    error = json.loads(answer.out)["error"]
+    assert error["message"] == f"merge interrupted: vm was started by pid {start.pid}; it is pending"
+    assert (error["code"], error["kind"]) == (3, "Unfinished") and "diskchain stop vm" in error["hint"]
+    assert f"gives way to the start: {words[0]} vm (pid {merge.pid}" in started.err
+    check_pending_then_merged(rig, gone)
+
+
+@pytest.mark.parametrize(
+    ("point", "code"),
+    [
+        ("delete.tombstoned", 3),  # before data is moved
+        ("merge.committing", 3),
+        ("merge.committed", 3),
+        ("delete.committed-one", 0),  # as good as done: nothing waits any more
+        ("delete.relink.before", 0),
+        ("delete.relink.after", 0),  # only forward
+        ("delete.trashed", 0),
+        ("delete.done.after", 0),
+    ],
+)
+def test_start_that_asks_at_any_step_is_right(rig: Rig, point: str, code: int) -> None:
+    """Before data is moved and while it is, the merge is put off; afterwards it ends, and the start waits for that."""
+    grow_tree(rig)
+    merge = rig.popen("delete", "vm", "s3", "-y", fault=f"stop:{point}")
+    os.waitid(os.P_PID, merge.pid, os.WSTOPPED | os.WNOWAIT)
+    start = starts_by_hand(rig)
+    merge.send_signal(signal.SIGCONT)
+    answer, started = end_of(merge), end_of(start)
+    assert (answer.code, started.code) == (code, 0), (answer, started)
+    check_pending_then_merged(rig, {"s3"})
+
+
+def test_start_that_is_killed_while_it_asks_leaves_nothing_that_stops_a_merge(rig: Rig) -> None:
+    """The file that it asked with is left; nobody holds it."""
+    grow_tree(rig)
+    merge = rig.popen("delete", "vm", "s3", "-y", fault="stop:merge.committing")
+    os.waitid(os.P_PID, merge.pid, os.WSTOPPED | os.WNOWAIT)
+    start = starts_by_hand(rig)
+    start.kill()
+    start.communicate()
+    assert in_records(rig, "start-waits").exists()
+    merge.send_signal(signal.SIGCONT)
+    assert end_of(merge).code == 0
+    assert rig.verdict(present="now") == [] and "s3" not in rig.snapshots()
+
+
+def test_start_waits_for_an_operation_that_is_no_merge_as_ever(rig: Rig) -> None:
+    """A create is not disturbed."""
+    grow_tree(rig)
+    create = rig.popen("create", "vm", "s4", fault="stop:create.intent.after")
+    os.waitid(os.P_PID, create.pid, os.WSTOPPED | os.WNOWAIT)
+    answer = rig.run("start", "vm", "--paused", "--wait", "1s", "--json")
+    assert answer.code == 5 and "create vm" in answer.json["error"]["message"], answer
+    create.send_signal(signal.SIGCONT)
+    assert end_of(create).code == 0 and "s4" in rig.snapshots() and rig.pid() is None
+
+
+def test_start_under_wait_lets_the_merge_end(rig: Rig) -> None:
+    """One line tells what it waits for, then how far that is."""
+    grow(rig)
+    rig.configure('[merge]\non_start = "wait"\n')
+    merge = rig.popen("delete", "vm", "s3", "-y", "--rate", "12M")
+    wait_for(lambda: at_work(rig), "the merge moves data")
+    started = rig.ok("start", "vm", "--paused", "--wait", "0s")
+    assert end_of(merge).code == 0
+    assert f"waiting for the end of a merge: delete vm (pid {merge.pid}" in started.err
+    assert rig.verdict(present="now") == [] and rig.pid() and "s3" not in rig.snapshots()
+    assert rig.ok("list", "vm", "--json").json["pending"] == []
+
+
+def test_start_under_refuse_names_the_merge_and_how_far_it_is(rig: Rig) -> None:
+    """Exit 5; the merge goes on. One that nobody is at work on is put off as ever."""
+    grow(rig)
+    rig.configure('[merge]\non_start = "refuse"\n')
+    merge = rig.popen("delete", "vm", "s3", "-y", *SLOW)
+    wait_for(lambda: at_work(rig), "the merge moves data")
+    answer = rig.run("start", "vm", "--paused", "--json")
+    message = answer.json["error"]["message"]
+    assert answer.code == 5 and f"delete vm (pid {merge.pid}" in message and " %" in message, message
+    assert rig.pid() is None and merge.poll() is None
+    merge.terminate()
+    assert end_of(merge).code == 128 + signal.SIGTERM
+    rig.ok("start", "vm", "--paused")
+    check_pending_then_merged(rig, {"s3"})
+
+
+def test_start_makes_a_detach_that_was_not_done_forgotten(tmp_path: Path) -> None:
+    """The VM stands on its base, as before."""
+    rig = Roaming(tmp_path / "vm", size=8 * MiB)
+    try:
+        grow_tree(rig)
+        detach = rig.popen("detach", "vm", fault="stop:merge.committing")
+        os.waitid(os.P_PID, detach.pid, os.WSTOPPED | os.WNOWAIT)
+        start = starts_by_hand(rig)
+        detach.send_signal(signal.SIGCONT)
+        answer, started = end_of(detach), end_of(start)
+        assert (answer.code, started.code) == (3, 0), (answer, started)
+        assert f"detach interrupted: vm was started by pid {start.pid}" in answer.err
+        assert rig.verdict(present="now") == [] and rig.template in rig.images()
+        rig.ok("stop", "vm", "--force", "-y")
+        rig.ok("detach", "vm")
+        assert rig.template not in rig.images() and rig.verdict(present="now") == ["orphan base/template.qcow2"]
+    finally:
+        rig.destroy()
