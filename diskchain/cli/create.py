@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import click
 
 from diskchain.chain.model import Snapshot, snapshot_name
 from diskchain.chain.text import size
-from diskchain.cli import context, many
+from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common, error_json
 from diskchain.cli.options import Duration, changing_options, jobs_option, vms_argument
 from diskchain.errors import Degraded, UsageError
 from diskchain.ops import create as ops
-from diskchain.ops import look
+from diskchain.ops import look, pending
 from diskchain.ops.create import Request
+from diskchain.ops.merge import Merged
 from diskchain.ops.quiesce import STILL_FROZEN
 from diskchain.ops.vm import VM, Host, refuse_unfinished
 
@@ -60,6 +62,7 @@ class CreateCommand(click.Command):
 @click.option("--max-pause", type=Duration(), metavar="TIME", help="Warn of a longer pause (default 500ms).")
 @click.option("--overlay-dir", type=click.Path(path_type=Path), metavar="DIR",
               help="Make the new layers there, not beside the images.")  # fmt: skip
+@click.option("--no-merge", is_flag=True, help="Leave pending merges of a VM that is off for later.")
 @jobs_option
 @changing_options
 @common
@@ -74,6 +77,7 @@ def create(
     register: bool,
     max_pause: float | None,
     overlay_dir: Path | None,
+    no_merge: bool,
     jobs: int,
     wait: float | None,
     dry_run: bool,
@@ -95,18 +99,23 @@ def create(
     request = Request(label, description, save, pause, tuple(dict.fromkeys(skip)), quiesce, register,
                       overlay_dir and overlay_dir.absolute())  # fmt: skip
     work = _plan if dry_run else _create
-    many.on_each(app, host, vm, lambda app, name: work(app, host, name, request), jobs=jobs)
+    many.on_each(app, host, vm, lambda app, name: work(app, host, name, request, not no_merge), jobs=jobs)
 
 
-async def _plan(app: App, host: Host, name: str, request: Request) -> None:
+async def _plan(app: App, host: Host, name: str, request: Request, merge: bool) -> None:
     async with host.change(name, "create --dry-run") as vm:
         refuse_unfinished(vm)
         prepared = await ops.prepare(vm, request)
-        context.show_plan(app, prepared.plan)
+        first = pending.steps(vm) if merge and prepared.state.is_off else ()
+        context.show_plan(app, replace(prepared.plan, steps=(*first, *prepared.plan.steps)))
 
 
-async def _create(app: App, host: Host, name: str, request: Request) -> None:
+async def _create(app: App, host: Host, name: str, request: Request, merge: bool) -> None:
     async with context.changing(app, host, name, "create", adopt=True) as vm:
+        merged: list[Merged] = []
+        if merge and vm.catalog.pending():
+            await ops.prepare(vm, request)  # what can't be made is refused before, not after a merge
+            merged = await pending.merge_if_off(vm, context.progress(app))
         try:
             snapshot = await ops.create(vm, request, context.progress(app))
         except asyncio.CancelledError:
@@ -114,16 +123,18 @@ async def _create(app: App, host: Host, name: str, request: Request) -> None:
                 app.interrupted = (f"the memory goes on being saved in the background; "
                                    f"diskchain list {vm.name} shows when it is done")  # fmt: skip
             raise
-        _tell(app, vm, snapshot, request)
+        _tell(app, vm, snapshot, request, merged)
 
 
-def _tell(app: App, vm: VM, snapshot: Snapshot, request: Request) -> None:
+def _tell(app: App, vm: VM, snapshot: Snapshot, request: Request, merged: list[Merged]) -> None:
     view = look.view(vm.catalog, vm.home, snapshot, time.time())
     body: dict[str, Any] = {"vm": vm.name, "snapshot": look.snapshot_json(view), "pause_ms": snapshot.pause_ms}
+    if merged:
+        body["merged"] = [asdict(m) for m in merged]
     failed = _less_than_asked(vm, snapshot, request)
     if failed:
         body["error"] = error_json(failed.exit_code, failed.kind, failed.message, failed.hint)
-    context.answer(app, body, [_line(vm, snapshot)])
+    context.answer(app, body, [_line(vm, snapshot), *map(render.merged_line, merged)])
     if failed:
         raise failed
 

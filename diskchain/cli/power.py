@@ -13,7 +13,7 @@ from diskchain.cli.app import App, common
 from diskchain.cli.options import Duration, changing_options, jobs_option, vms_argument, yes_option
 from diskchain.drivers.protocol import VMState
 from diskchain.host import locks
-from diskchain.ops import look, power, right_of_way
+from diskchain.ops import look, pending, power, right_of_way
 from diskchain.ops.merge import Merged
 from diskchain.ops.vm import VM, Host
 
@@ -104,7 +104,7 @@ def _stop_plan(vm: VM, off: bool, force: bool, merge: bool, timeout: float) -> P
     how = "end it at once, like a power cut" if force else f"press the power button, wait up to {timeout:.0f} s"
     steps = ["nothing: it is off already"] if off else [how]
     if merge:
-        steps += [f"merge what was deleted: {snapshot.name}" for snapshot in vm.catalog.pending()]
+        steps += pending.steps(vm)
     lost = ("what the guest has in memory and has not written",) if force and not off else ()
     return Plan(f"{vm.name}: stop", tuple(steps), lost=lost)
 

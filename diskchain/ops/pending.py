@@ -6,16 +6,22 @@ from dataclasses import replace
 
 from diskchain.chain.deletion import Deletion, plan_deletion
 from diskchain.chain.model import Snapshot
-from diskchain.errors import NotFound, Refused
-from diskchain.ops import delete, delete_plan, methods
+from diskchain.errors import DiskchainError, NotFound, Refused
+from diskchain.ops import delete, delete_plan, methods, recover
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM
+from diskchain.store import journal
 
 
 def plan(vm: VM) -> Deletion:
     """Return what can be carried out now of what was deleted before."""
     return methods.choose_all(vm.catalog, [plan_deletion(vm.catalog, [])])[0]
+
+
+def steps(vm: VM) -> tuple[str, ...]:
+    """Return the merges that were put off as steps of a plan."""
+    return tuple(f"merge what was deleted: {snapshot.name}" for snapshot in vm.catalog.pending())
 
 
 async def merge_pending(vm: VM, progress: Progress, *, rate: int | None = None) -> list[Merged]:
@@ -25,6 +31,23 @@ async def merge_pending(vm: VM, progress: Progress, *, rate: int | None = None) 
         return []
     await delete_plan.check(vm, [deletion])
     return await delete.delete(vm, deletion, progress, rate=rate)
+
+
+async def merge_if_off(vm: VM, progress: Progress) -> list[Merged]:
+    """Carry out the pending merges before something else, where the VM is off. The lock is held, the journal is empty.
+
+    What keeps them from it, or stops them, is warned of; they stay pending, and hinder nothing. Raise what stopped one that
+    can only go forward.
+    """
+    if not vm.catalog.pending() or not (await vm.driver.state()).is_off:
+        return []
+    try:
+        return await merge_pending(vm, progress)
+    except (DiskchainError, OSError) as error:
+        if journal.is_open(vm.home) and await recover.put_off(vm) is None:
+            raise
+        progress.warn(f"what was deleted of {vm.name} is not merged yet: {error}")
+        return []
 
 
 def can_undelete(vm: VM, snapshot: Snapshot) -> bool:

@@ -200,3 +200,79 @@ def test_start_makes_a_detach_that_was_not_done_forgotten(tmp_path: Path) -> Non
         assert rig.template not in rig.images() and rig.verdict(present="now") == ["orphan base/template.qcow2"]
     finally:
         rig.destroy()
+
+
+# -- create carries out what is pending --------------------------------------------------------------------------------
+
+
+def put_off(rig: Rig) -> None:
+    """A deleted s3 of a VM that is off."""
+    grow_tree(rig)
+    rig.ok("delete", "vm", "s3", "--when-stopped", "-y")
+    rig.expected["s4"] = rig.expected["now"]
+
+
+def pending(rig: Rig) -> list[str]:
+    """What waits for its merge."""
+    return [one["snapshot"] for one in rig.ok("list", "vm", "--json").json["pending"]]
+
+
+def test_create_on_a_vm_that_is_off_merges_what_is_pending_first(rig: Rig) -> None:
+    """With --no-merge it does not; the plan says so; a name that is taken is refused before."""
+    put_off(rig)
+    steps = rig.ok("create", "vm", "s4", "-n", "--json").json["plan"]["steps"]
+    assert steps[0] == "merge what was deleted: s3"
+    assert rig.run("create", "vm", "s1").code == 2 and pending(rig) == ["s3"]
+    rig.ok("create", "vm", "s4", "--no-merge")
+    assert pending(rig) == ["s3"] and rig.verdict(present="now") == []
+    rig.ok("delete", "vm", "s4", "--when-stopped", "-y")
+    body = rig.ok("create", "vm", "s4", "--json").json
+    assert {m["disk"] for m in body["merged"]} == {"vda"} and body["snapshot"]["name"] == "s4"
+    assert pending(rig) == [] and rig.verdict(present="now") == []
+
+
+@pytest.mark.parametrize("fault", ["full:delete.intent.before", "fail:merge.committing", "full:merge.committed"])
+def test_create_goes_on_when_the_pending_merge_fails(rig: Rig, fault: str) -> None:
+    """It is pending again, whatever it came to."""
+    put_off(rig)
+    answer = rig.run("create", "vm", "s4", "--json", fault=fault)
+    assert answer.code == 0, answer
+    assert "s3" in pending(rig) and "is not merged yet" in answer.json["warnings"][0]
+    assert rig.verdict(present="now") == []
+    rig.ok("merge", "vm")
+    assert rig.verdict(present="now") == [] and pending(rig) == [] and "s4" in rig.snapshots()
+
+
+def test_create_goes_on_when_the_pending_merge_is_refused(rig: Rig) -> None:
+    """Somebody else stands on what is merged into."""
+    put_off(rig)
+    into = next(rig.path_of(i) for s in rig.catalog()["snapshots"].values() if s["name"] == "s3"
+                for key, i in rig.catalog()["images"].items() if key == s["disks"]["vda"])  # fmt: skip
+    stranger = rig.dir / "stranger"
+    rig.qemu_img("create", "-q", "-f", "qcow2", "-b", str(into), "-F", "qcow2", str(stranger))
+    answer = rig.ok("create", "vm", "s4")
+    assert "warning: what was deleted of vm is not merged yet" in answer.err and "stranger" in answer.err
+    assert pending(rig) == ["s3"] and rig.verdict(present="now") == []
+
+
+def test_create_makes_its_snapshot_when_a_start_stops_its_merge(rig: Rig) -> None:
+    """The start gets a VM that is off, and the snapshot is there."""
+    put_off(rig)
+    create = rig.popen("create", "vm", "s4", fault="stop:merge.committing")
+    os.waitid(os.P_PID, create.pid, os.WSTOPPED | os.WNOWAIT)
+    start = starts_by_hand(rig)
+    create.send_signal(signal.SIGCONT)
+    answer, started = end_of(create), end_of(start)
+    assert (answer.code, started.code) == (0, 0), (answer, started)
+    assert "s4" in rig.snapshots()
+    check_pending_then_merged(rig, {"s3"})
+
+
+def test_create_of_a_running_vm_and_revert_leave_what_is_pending(rig: Rig) -> None:
+    """Nobody who goes back, or starts, waits for a merge."""
+    put_off(rig)
+    rig.ok("start", "vm", "--paused")
+    rig.ok("create", "vm", "s4", "--disk-only")
+    rig.ok("stop", "vm", "--force", "-y", "--no-merge")
+    rig.ok("revert", "vm", "s1", "-y", "--keep-as", "kept")
+    assert pending(rig) == ["s3"]
