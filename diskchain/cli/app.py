@@ -17,7 +17,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from diskchain.chain.text import printable
-from diskchain.errors import DiskchainError
+from diskchain.cli import streams
+from diskchain.errors import Degraded, DiskchainError
 
 F = TypeVar("F", bound=Callable[..., Any])
 RECORD = "\x1e"  # as in RFC 7464
@@ -46,6 +47,7 @@ class App:
     json: bool = False
     color: str = "auto"
     exit_code: int = 0
+    changes: bool = False  # the command is one that changes something, and no dry run
     answered: bool = False  # the JSON object was printed
     interrupted: str = "interrupted"  # what Ctrl-C means now
     warnings: list[str] = field(default_factory=list)
@@ -240,15 +242,22 @@ def root(ctx: click.Context) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run one command line; return its exit code. Every error ends here, in one line and a hint."""
     app = App()
-    try:
-        code = _run(app, list(argv))
-        if app.part:
-            _hand_over(app.part)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    code = _run(app, list(argv))
+    if app.part:
+        _hand_over(app.part)
+    error = streams.unwritten()
+    return _unwritten(app, code, error) if error else code
+
+
+def _unwritten(app: App, code: int, error: OSError) -> int:
+    """The answer could not be written: that is told, and never that nothing was changed. What failed has its own code."""
+    if code not in (0, 10, 11):
+        return code
+    if isinstance(error, BrokenPipeError):
         return 141
-    return code
+    done = "done; " if app.changes else ""
+    click.echo(f"diskchain: {done}the answer could not be written: {_of_the_system(error)}", err=True)
+    return Degraded.exit_code if app.changes else 1
 
 
 def _run(app: App, argv: list[str]) -> int:
@@ -262,8 +271,6 @@ def _run(app: App, argv: list[str]) -> int:
         return _report(app, 130, "Interrupted", app.interrupted, None)
     except Signalled as error:
         return _report(app, 128 + error.number, "Interrupted", app.interrupted, None)
-    except BrokenPipeError:
-        raise
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
@@ -346,4 +353,4 @@ def wants_color(app: App, stream: Any) -> bool:
     """Whether to colour what goes to the stream: --color, NO_COLOR, terminal or not."""
     if app.color != "auto":
         return app.color == "always"
-    return not os.environ.get("NO_COLOR") and bool(stream.isatty())
+    return not os.environ.get("NO_COLOR") and streams.is_terminal(stream)

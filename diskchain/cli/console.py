@@ -38,7 +38,10 @@ Sink = Callable[[bytes], Awaitable[None]]
 def console(vm: str, linger: float) -> None:
     """Be at the serial console of a running VM; leave with Ctrl-]. The VM goes on, its log stays whole."""
     app = context.current()
-    context.run_async(_console(app, context.open_host(app), vm, linger))
+    try:
+        context.run_async(_console(app, context.open_host(app), vm, linger))
+    except BrokenPipeError:  # of our own output: nobody reads it any more
+        app.exit_code = 141
 
 
 async def _console(app: App, host: Host, name: str, linger: float) -> None:

@@ -19,7 +19,7 @@ import click
 
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import printable
-from diskchain.cli import render
+from diskchain.cli import render, streams
 from diskchain.cli.app import App, Signalled, error_json, explained
 from diskchain.cli.progress import LineProgress
 from diskchain.config import load_config
@@ -210,7 +210,7 @@ def confirm(app: App, plan: Plan, question: str, *, yes: bool, about: Sequence[s
 
 def ask(plans: Sequence[Plan], question: str) -> None:
     """Print the plans and ask once. Raise UsageError where nobody can be asked, DiskchainError when the answer is no."""
-    if not sys.stdin.isatty():
+    if not streams.is_terminal(sys.stdin):
         title = plans[0].title + (f" (and {len(plans) - 1} more)" if len(plans) > 1 else "")
         raise UsageError(f"{title} needs a confirmation, and no terminal is there to ask",
                          hint="add --yes if you are sure (--dry-run shows what would be done)")  # fmt: skip

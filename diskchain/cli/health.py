@@ -99,6 +99,7 @@ def check(vm: str | None, deep: bool, repair: bool, yes: bool, wait: float | Non
     app = context.current()
     host = context.open_host(app, wait)
     names = _names(host, vm)
+    app.changes = repair and not dry_run
     if repair:
         context.run_async(cli_repair.repair(app, host, names, yes=yes, dry_run=dry_run))
         if dry_run:

@@ -161,7 +161,7 @@ class _Many:
         app = replace(self._app, part=part, warnings=[], results=[])
         try:
             await self._work(app, name)
-        except (context.Asked, BrokenPipeError):
+        except context.Asked:
             raise
         except asyncio.CancelledError:
             self._at, self._app.interrupted = name, app.interrupted

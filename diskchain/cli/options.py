@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from diskchain.cli.app import App
 from diskchain.ops import look
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -133,8 +134,14 @@ def changing_options(command: F) -> F:
     """--wait and --dry-run, of every command that changes something."""
     wait = click.option("--wait", type=Duration(), metavar="TIME",
                         help="How long to wait for another operation on the VM (default 10s).")  # fmt: skip
-    dry_run = click.option("-n", "--dry-run", is_flag=True, help="Print the plan, change nothing.")
+    dry_run = click.option("-n", "--dry-run", is_flag=True, callback=_note_changes,
+                           help="Print the plan, change nothing.")  # fmt: skip
     return dry_run(wait(command))
+
+
+def _note_changes(ctx: click.Context, param: click.Parameter, dry_run: bool) -> bool:
+    ctx.ensure_object(App).changes = not dry_run
+    return dry_run
 
 
 jobs_option = click.option("--jobs", type=click.IntRange(1), default=1, metavar="N",

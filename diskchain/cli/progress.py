@@ -7,6 +7,7 @@ import time
 from typing import Any, TextIO
 
 from diskchain.chain.text import printable, size
+from diskchain.cli import streams
 from diskchain.cli.render import duration, named
 
 PATIENCE = 1.0  # seconds before lines are written where nobody watches
@@ -24,7 +25,7 @@ class LineProgress:
         as_json: bool = False,
     ) -> None:  # fmt: skip
         self._stream, self._quiet, self._warnings, self._vm = stream, quiet, warnings, vm
-        self._live = not quiet and stream.isatty()
+        self._live = not quiet and streams.is_terminal(stream)
         self._patience, self._as_json = patience, as_json
         self._what = self._note = ""
         self._total = self._shown = self._done = 0
