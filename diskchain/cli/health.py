@@ -47,7 +47,8 @@ def status(vm: str | None, columns: str | None, no_headers: bool) -> None:
     lines = render.table(rows, names, headers=not no_headers)
     if not no_headers:
         lines += [line for one in found for line in _below(one)]
-    context.answer(app, {"vms": [one.to_json() for one in found]}, lines if found else ["no VMs are defined"])
+        lines = lines if found else [render.NO_VMS]
+    context.answer(app, {"vms": [one.to_json() for one in found]}, lines)
     app.exit_code = max(app.exit_code, rules.exit_code(f for one in found for f in one.findings))
 
 

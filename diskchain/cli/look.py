@@ -24,20 +24,16 @@ from diskchain.ops.vm import Host
 @common
 def list_(vm: str | None, columns: str | None, no_headers: bool) -> None:
     """List a VM's snapshots, oldest first; without VM those of all."""
-    names = render.columns(columns, render.LIST_KNOWN, render.LIST_USUAL)
+    render.columns(columns, render.LIST_KNOWN, render.LIST_USUAL)
 
-    def draw(listing: Listing) -> list[str]:
+    def draw(listing: Listing, several: bool) -> list[str]:
         if no_headers:
+            usual = ["VM"] * several + render.LIST_USUAL
             rows = render.snapshot_rows(listing, exact=True)
-            return render.table(rows, names, headers=False)
-        return render.list_lines(listing, columns)
+            return render.table(rows, render.columns(columns, render.LIST_KNOWN, usual), headers=False)
+        return [f"{listing.vm} ({listing.state})"] * several + render.list_lines(listing, columns)
 
-    heading = (lambda listing: []) if no_headers else _heading
-    _show_listings(vm, draw, look.listing_json, heading, gap=not no_headers)
-
-
-def _heading(listing: Listing) -> list[str]:
-    return [f"{listing.vm} ({listing.state})"]
+    _show_listings(vm, draw, look.listing_json, for_scripts=no_headers)
 
 
 @click.command(epilog="Example: diskchain tree web1")
@@ -45,37 +41,38 @@ def _heading(listing: Listing) -> list[str]:
 @common
 def tree(vm: str | None) -> None:
     """Show a VM's snapshots as a tree, with "you are here"; without VM those of all."""
-    _show_listings(vm, render.tree_lines, look.tree_json, lambda listing: [], gap=True)
+    _show_listings(vm, lambda listing, several: render.tree_lines(listing), look.tree_json)
 
 
 def _show_listings(
     vm: str | None,
-    draw: Callable[[Listing], list[str]],
+    draw: Callable[[Listing, bool], list[str]],
     as_json: Callable[[Listing], dict[str, Any]],
-    heading: Callable[[Listing], list[str]],
     *,
-    gap: bool,
+    for_scripts: bool = False,
 ) -> None:
+    """Show one VM, or several: `draw` is told which. `for_scripts`: nothing but rows."""
     app = context.current()
     host = context.open_host(app)
     if vm is not None:
 
         async def work(app: App, name: str) -> None:
             listing = await _listing(host, name)
-            several = app.part is not None
-            context.answer(app, as_json(listing), [*(heading(listing) if several else []), *draw(listing)])
+            context.answer(app, as_json(listing), draw(listing, app.part is not None))
 
-        many.on_each(app, host, vm, work, table=True, gap=gap)
+        many.on_each(app, host, vm, work, table=True, gap=not for_scripts)
         return
     found = context.run_async(_all_listings(app, host))
-    blocks = [[*heading(one), *draw(one)] for one in found]
-    context.answer(app, {"vms": [as_json(one) for one in found]}, _joined(blocks, apart=bool(blocks and blocks[0])))
+    lines = _joined([draw(one, True) for one in found], apart=not for_scripts)
+    if not lines and not for_scripts and not host.names():
+        lines = [render.NO_VMS]
+    context.answer(app, {"vms": [as_json(one) for one in found]}, lines)
 
 
 def _joined(blocks: list[list[str]], *, apart: bool) -> list[str]:
     lines: list[str] = []
     for block in blocks:
-        lines += [""] if lines and apart and "\t" not in block[0] else []
+        lines += [""] if lines and apart else []
         lines += block
     return lines
 

@@ -74,16 +74,18 @@ def _pad(name: str, cell: str, columns: int) -> str:
     return rjust(cell, columns) if name in RIGHT else ljust(cell, columns)
 
 
+NO_VMS = "no VMs are defined"
+
 # -- the list ----------------------------------------------------------------------------------------------------------
 
 LIST_USUAL = ["NAME", "AGE", "TYPE", "DISK", "MEMORY", "FREES", "NOTES"]
-LIST_KNOWN = [*LIST_USUAL, "ID", "CREATED", "PARENT", "CONSISTENCY"]
+LIST_KNOWN = [*LIST_USUAL, "ID", "CREATED", "PARENT", "CONSISTENCY", "VM"]
 
 
 def snapshot_rows(listing: Listing, *, exact: bool) -> list[Row]:
     """Return one row for each snapshot; `exact`: bytes and seconds as they are."""
     show: Callable[[int | None], str] = (lambda n: "?" if n is None else str(n)) if exact else size
-    return [_snapshot_row(view, show, exact) for view in listing.snapshots]
+    return [{**_snapshot_row(view, show, exact), "VM": listing.vm} for view in listing.snapshots]
 
 
 def _snapshot_row(view: SnapshotView, show: Callable[[int | None], str], exact: bool) -> Row:
@@ -117,8 +119,8 @@ def list_lines(listing: Listing, asked: str | None) -> list[str]:
     """Return a VM's snapshots as people see them: the table, the present, what is pending, a summary."""
     names = columns(asked, LIST_KNOWN, LIST_USUAL)
     rows = snapshot_rows(listing, exact=False)
-    now: Row = {"NAME": "(now)", "DISK": size(listing.now_bytes)}
-    lines = table([*rows, now], names)
+    now: Row = {"NAME": "(now)", "DISK": size(listing.now_bytes), "VM": listing.vm}
+    lines = table([*rows, *([now] if "NAME" in names else [])], names)
     if asked:
         return lines
     wide = max(width(printable(row["NAME"])) for row in [*rows, now, {"NAME": "NAME"}])

@@ -34,7 +34,7 @@ MERGE_RATE = 200 << 20  # bytes a second, for a rough word on how long a merge t
 
 @dataclass(frozen=True)
 class SnapshotView:
-    """A snapshot with what the files say. `frees`: what a delete gives back, where nothing stands on it."""
+    """A snapshot with what the files say. `frees`: what a delete gives back, None when the files can't tell."""
 
     snapshot: Snapshot
     parent: str | None

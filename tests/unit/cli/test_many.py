@@ -126,6 +126,30 @@ def test_dry_run_has_a_plan_for_each(webs: Run) -> None:
     assert [(one["vm"], "steps" in one["plan"]) for one in results] == [("web1", True), ("web2", True)]
 
 
+def test_list_without_headers_says_which_vm_and_takes_one_without_snapshots(webs: Run) -> None:
+    webs("create", "web2", "one")
+    webs("create", "web2", "two")
+    for vms in ([], ["web*"]):
+        rows = [line.split("\t") for line in webs("list", *vms, "-H").out.splitlines()]
+        assert [row[:2] for row in rows] == [["web2", "one"], ["web2", "two"]]
+    webs("create", "web1", "one")
+    for vms in ([], ["web*"]):
+        assert webs("list", *vms, "-H", "-o", "NAME").out == "one\none\ntwo\n"
+        assert webs("list", *vms, "-H", "-o", "name,vm").out == "one\tweb1\none\tweb2\ntwo\tweb2\n"
+    assert webs("list", "web2", "-H").out.startswith("one\t")
+
+
+@pytest.mark.parametrize("words", [["list"], ["tree"], ["status"]])
+def test_without_any_vm_people_are_told_and_scripts_get_no_row(run: Run, words: list[str]) -> None:
+    assert run(*words).out.splitlines()[-1] == "no VMs are defined"
+    assert words == ["tree"] or run(*words, "-H").out == ""
+
+
+def test_list_of_columns_without_name_has_no_row_for_the_present(webs: Run) -> None:
+    webs("create", "web1", "one")
+    assert len(webs("list", "web1", "-o", "CREATED,TYPE").out.splitlines()) == 2
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_every_other_command_takes_several(webs: Run, jobs: str) -> None:
     def results(*words: str) -> list[dict[str, Any]]:
