@@ -98,7 +98,7 @@ COMMANDS = [
     Entry("delete", "delete", "delete", "Delete snapshots; what the VM sees stays as it is. Alias: rm.", _SNAPSHOTS),
     Entry("accept", "delete", "accept", "Keep the present, delete every snapshot of its line.", _SNAPSHOTS),
     Entry("undelete", "delete", "undelete", "Take a delete back whose merge has not begun.", _SNAPSHOTS),
-    Entry("merge", "delete", "merge", "Carry out the pending merges of stopped VMs.", _SNAPSHOTS),
+    Entry("merge", "merge", "merge", "Carry out the pending merges of stopped VMs.", _SNAPSHOTS),
     Entry("detach", "places", "detach", "Let a VM no longer depend on images that others use.", _SNAPSHOTS),
     Entry("rename", "edit", "rename", "Give a snapshot another name.", _SNAPSHOTS),
     Entry("describe", "edit", "describe", "Give a snapshot a description.", _SNAPSHOTS),

@@ -1,4 +1,4 @@
-"""delete, accept, undelete and merge."""
+"""delete, accept and undelete."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -15,20 +14,19 @@ from diskchain.chain.deletion import Deletion, line_to_accept, plan_all, subtree
 from diskchain.chain.model import Catalog
 from diskchain.chain.plan import Plan
 from diskchain.cli import context, many, render
-from diskchain.cli.app import App, common, error_lines
+from diskchain.cli.app import App, common
 from diskchain.cli.options import (
     Duration,
     SnapshotName,
     changing_options,
     jobs_option,
-    maybe_vms_argument,
     rate_option,
     snapshot_argument,
     vm_argument,
     vms_argument,
     yes_option,
 )
-from diskchain.errors import Busy, DiskchainError, NoSpace, NotFound, UsageError, VMRunning
+from diskchain.errors import Busy, NoSpace, NotFound, UsageError
 from diskchain.ops import delete as ops
 from diskchain.ops import delete_plan, delete_to, look, methods, pending, power, redefine
 from diskchain.ops.merge import Merged
@@ -290,79 +288,3 @@ async def _undelete(app: App, host: Host, name: str, snapshot: str, dry_run: boo
         view = look.view(vm.catalog, vm.home, pending.undelete(vm, snapshot), time.time())
         said = f"{vm.name}: {view.snapshot.name!r} is back"
         context.answer(app, {"vm": vm.name, "snapshot": look.snapshot_json(view)}, [said])
-
-
-# -- merge -------------------------------------------------------------------------------------------------------------
-
-
-@click.command(epilog="Example: diskchain merge web1")
-@maybe_vms_argument
-@rate_option
-@jobs_option
-@changing_options
-@common
-def merge(vm: str | None, rate: int | None, jobs: int, wait: float | None, dry_run: bool) -> None:
-    """Carry out the pending merges of a stopped VM; without VM those of all stopped VMs."""
-    app = context.current()
-    host = context.open_host(app, wait)
-    if vm is not None:
-        many.on_each(app, host, vm, lambda app, name: _merge_one(app, host, name, rate, dry_run), jobs=jobs)
-    else:
-        context.run_async(_merge_every(app, host, rate, dry_run))
-
-
-async def _merge_one(app: App, host: Host, name: str, rate: int | None, dry_run: bool) -> None:
-    if dry_run:
-        context.show_plan(app, await _merge_plan(host, name))
-        return
-    body, lines = await _merge(app, host, name, rate)
-    context.answer(app, body, lines)
-
-
-async def _merge_every(app: App, host: Host, rate: int | None, dry_run: bool) -> None:
-    results: list[dict[str, Any]] = []
-    lines: list[str] = []
-    for name in host.names():
-        try:
-            if dry_run:
-                plan = await _merge_plan(host, name)
-                results.append({"vm": name, "plan": plan.to_json()})
-                lines += render.plan_lines(plan)
-            elif await _is_ready(host, name):
-                body, said = await _merge(app, host, name, rate)
-                results.append(body)
-                lines += said
-        except DiskchainError as error:
-            for line in error_lines(f"{name}: {error.message}", error.hint):
-                click.echo(line, err=True)
-            app.exit_code = max(app.exit_code, error.exit_code)
-    context.answer(app, {"results": results}, lines or ["nothing is to be merged"])
-
-
-async def _is_ready(host: Host, name: str) -> bool:
-    async with host.look(name) as vm:
-        return bool(vm.catalog.pending()) and (await vm.driver.state()).is_off
-
-
-async def _merge(app: App, host: Host, name: str, rate: int | None) -> tuple[dict[str, Any], list[str]]:
-    async with host.look(name) as vm:
-        if vm.catalog.pending() and not (await vm.driver.state()).is_off:
-            raise VMRunning(f"{vm.name} is on; a merge needs it to be off", hint=f"diskchain stop {vm.name}")
-    async with context.changing(app, host, name, "merge") as vm:
-        merged = await pending.merge_pending(vm, context.progress(app), rate=rate)
-        body = {"vm": vm.name, "deferred": False, "merged": [asdict(m) for m in merged],
-                "pending": [s.name for s in vm.catalog.pending()]}  # fmt: skip
-        return body, [f"{vm.name}: {len(merged)} layers merged", *map(render.merged_line, merged)]
-
-
-async def _merge_plan(host: Host, name: str) -> Plan:
-    """Return the plan of a VM's pending merges; those that can't be done yet are warned of."""
-    async with host.look(name) as vm:
-        deletion = pending.plan(vm)
-        plan = delete_plan.to_plan(vm, [deletion], title=f"{vm.name}: merge")
-        stay = [s for s in vm.catalog.pending() if s not in deletion.snapshots]
-        warnings = [f"stays pending: several layers stand on the layer of {s.name}" for s in stay]
-        if deletion.moves_data and not (await vm.driver.state()).is_off:
-            warnings.append(f"{vm.name} is on, a merge needs it to be off: diskchain stop {vm.name}")
-        steps = plan.steps if deletion.does_something else ("nothing is pending that can be merged",)
-        return replace(plan, steps=steps, warnings=tuple(warnings))

@@ -184,6 +184,11 @@ def _pending_view(catalog: Catalog, snapshot: Snapshot, now: float) -> PendingVi
     return PendingView(snapshot, size if waits else _to_merge(catalog, snapshot), age(snapshot.created, now), waits)
 
 
+def to_merge(catalog: Catalog) -> int:
+    """Return the bytes that are to be merged of what was deleted, as far as it can be."""
+    return sum(_to_merge(catalog, s) for s in catalog.pending() if not catalog.is_fork(s))
+
+
 def _to_merge(catalog: Catalog, snapshot: Snapshot) -> int:
     tops = [o for image_id in snapshot.disks.values() for o in catalog.overlays_on(image_id)]
     return sum(_allocated(o.path) or 0 for o in tops)

@@ -1,0 +1,43 @@
+"""A VM that is on (paused, without a guest): a delete is recorded; what is said of it, and what is done later."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.rig import MiB, Rig
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    rig = Rig(tmp_path_factory.mktemp("on") / "vm", size=8 * MiB, targets=("vda",))
+    rig.build(guest=False)
+    yield rig
+    rig.destroy()
+
+
+@pytest.fixture
+def on(rig: Rig) -> Iterator[Rig]:
+    """The machine is on; it has a snapshot `one`, with memory, and 2 MiB written since."""
+    rig.ok("create", "vm", "base")
+    rig.ok("start", "vm", "--paused")
+    rig.ok("create", "vm", "one")
+    rig.ok("stop", "vm", "--force", "-y")
+    rig.write(7, 0, 2 * MiB)
+    rig.ok("start", "vm", "--paused")
+    yield rig
+    rig.ok("stop", "vm", "--force", "-y")
+    rig.ok("accept", "vm", "--drop-branches", "-y")
+
+
+def test_merge_of_all_says_what_is_pending_of_a_vm_that_is_on(on: Rig) -> None:
+    assert on.ok("merge").out == "nothing is to be merged\n"
+    on.ok("delete", "vm", "one", "-y")
+    (result,) = on.ok("merge", "--json").json["results"]
+    assert (result["vm"], result["deferred"], result["merged"], result["pending"]) == ("vm", True, [], ["one"])
+    said = on.ok("merge").out
+    assert re.fullmatch(r"vm is on: 2\.\dM pending; merged at the next stop \(diskchain stop vm\)\n", said)
+    on.ok("stop", "vm", "--force", "-y")
+    assert on.ok("merge", "vm").out == "vm: nothing is to be merged\n"
