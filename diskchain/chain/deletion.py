@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot
-from diskchain.errors import HasChildren, NotFound, Protected, Refused
+from diskchain.errors import HasChildren, Protected, Refused
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,10 @@ def subtree(catalog: Catalog, ids: Collection[str]) -> list[str]:
 def line_to_accept(catalog: Catalog, *, drop_branches: bool) -> list[str]:
     """Return the snapshots that `accept` deletes: those of the present's line, with `drop_branches` all others too.
 
-    Raise NotFound when there are none, HasChildren for branches that nobody said may go.
+    None: there are none. Raise HasChildren for branches that nobody said may go.
     """
     line = {s.id for s in catalog.line(catalog.current)}
     branches = [s for s in catalog.visible() if s.id not in line]
-    if not catalog.visible():
-        raise NotFound(f"{catalog.name} has no snapshots", hint=f"diskchain list {catalog.name}")
     if branches and not drop_branches:
         names = ", ".join(s.name for s in branches)
         raise HasChildren(f"not in the line of the present: {names}",

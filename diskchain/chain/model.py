@@ -17,6 +17,7 @@ The tree of snapshots mirrors the tree of images. Everything here is pure: no I/
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -160,11 +161,13 @@ class Catalog:
         return [s for s in self.snapshots.values() if s.deleted]
 
     def find(self, name: str) -> Snapshot:
-        """Given a name (or id), return the snapshot. Raise NotFound naming the closest ones."""
-        wanted = unicodedata.normalize("NFC", name)
-        for snapshot in self.visible():
-            if wanted in (snapshot.name, snapshot.id):
-                return snapshot
+        """Given a name (or id), return the snapshot. Raise NotFound, for a deleted one with the way back."""
+        found = named(self.visible(), name)
+        if found:
+            return found[0]
+        if named(self.pending(), name):
+            raise NotFound(f"snapshot {name!r} of {self.name} is deleted, and waits for its merge",
+                           hint=f"diskchain undelete {self.name} {shlex.quote(name)}")  # fmt: skip
         raise NotFound(f"{self.name} has no snapshot {name!r}", hint=f"diskchain list {self.name}")
 
     def children(self, snapshot_id: str | None) -> list[Snapshot]:
@@ -253,6 +256,12 @@ class Catalog:
         active = {t: into if i == top else i for t, i in self.active.items()}
         detached = tuple(into if i == top else i for i in self.detached)
         return replace(self, images=images, snapshots=snapshots, active=active, detached=detached)
+
+
+def named(snapshots: Iterable[Snapshot], text: str) -> list[Snapshot]:
+    """Given what an admin typed, return the snapshots of that name; where there is none, the one with that id."""
+    known, wanted = list(snapshots), unicodedata.normalize("NFC", text)
+    return [s for s in known if s.name == wanted] or [s for s in known if s.id == wanted]
 
 
 _MAX_NAME = 120

@@ -11,8 +11,17 @@ from diskchain.errors import NotFound, Refused
 
 
 @dataclass(frozen=True)
+class Need:
+    """Room that is needed at most on a directory's filesystem, and what is free there."""
+
+    directory: str
+    bytes: int
+    free: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Steps in words, bytes that are moved, bytes needed, seconds of downtime and of work, and what is lost."""
+    """Steps in words, bytes that are moved, bytes needed (and where), seconds of downtime and of work, what is lost."""
 
     title: str
     steps: tuple[str, ...]
@@ -23,6 +32,7 @@ class Plan:
     lost: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     point_of_no_return: str = ""
+    needs: tuple[Need, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that --json prints."""
@@ -30,6 +40,7 @@ class Plan:
             "title": self.title, "steps": list(self.steps), "bytes": self.bytes, "space_needed": self.space_needed,
             "downtime_estimate_s": self.downtime_estimate_s, "time_estimate_s": self.time_estimate_s,
             "lost": list(self.lost), "warnings": list(self.warnings), "point_of_no_return": self.point_of_no_return,
+            "needs": [{"directory": n.directory, "bytes": n.bytes, "free": n.free} for n in self.needs],
         }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from diskchain.config import load_config
 from diskchain.drivers.domains import choose_uri
 from diskchain.errors import Busy, DiskchainError, UsageError
 from diskchain.ops import look, recover
+from diskchain.ops.recover import Recovered
 from diskchain.ops.vm import VM, Host
 
 T = TypeVar("T")
@@ -61,23 +62,24 @@ def _how_it_stands(vm: VM) -> str:
     return "interrupted; nothing is left half-done"
 
 
-async def settle(app: App, host: Host, vm: VM) -> None:
-    """Resolve what was interrupted on a VM whose lock we hold, and say so."""
+async def settle(app: App, host: Host, vm: VM) -> Recovered | None:
+    """Resolve what was interrupted on a VM whose lock we hold, and say so. Return what it was."""
     found = await recover.recover(vm, progress(app))
     if found:
         note(app, f"an interrupted {found.op} of {found.name!r} was {found.outcome} first")
+    return found
 
 
-async def settle_before_plan(app: App, host: Host, name: str, operation: str, *, dry_run: bool) -> None:
-    """A plan is made on a settled VM: resolve what was interrupted, or say that it will be."""
+async def settle_before_plan(app: App, host: Host, name: str, operation: str, *, dry_run: bool) -> Recovered | None:
+    """A plan is made on a settled VM: resolve what was interrupted and return it, or say that it will be."""
     async with host.look(name) as vm:
         if not look.is_unfinished(vm):
-            return
+            return None
     if dry_run:
         progress(app).warn(f"an operation on {name} is at work or was interrupted; it comes first")
-        return
-    async with changing(app, host, name, operation):
-        pass
+        return None
+    async with host.change(name, operation) as vm:
+        return await settle(app, host, vm)
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -170,7 +172,8 @@ def show_plan(app: App, plan: Plan) -> None:
 def planning(app: App, *, dry_run: bool) -> Iterator[Callable[[Plan], None]]:
     """Look, make a plan, tell of it by the callable, then see whether anything stands in its way.
 
-    A --dry-run is answered at the end: by the plan, and by what was raised after it was made.
+    A --dry-run is answered at the end: by the plan, and by what was raised after it was made; not when none was made
+    (the caller has said why).
     """
     made: list[Plan] = []
     try:
@@ -180,7 +183,7 @@ def planning(app: App, *, dry_run: bool) -> Iterator[Callable[[Plan], None]]:
             body = {"plan": made[-1].to_json(), "error": error_json(*explained(app, error))}
             answer(app, body, render.plan_lines(made[-1]))
         raise
-    if dry_run:
+    if dry_run and made:
         show_plan(app, made[-1])
 
 

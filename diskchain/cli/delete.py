@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from diskchain.chain.deletion import Deletion, line_to_accept, plan_all, subtree
-from diskchain.chain.model import Catalog
+from diskchain.chain.model import Catalog, named
 from diskchain.chain.plan import Plan
+from diskchain.chain.text import size
 from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common
 from diskchain.cli.options import (
@@ -21,12 +23,11 @@ from diskchain.cli.options import (
     changing_options,
     jobs_option,
     rate_option,
-    snapshot_argument,
     vm_argument,
     vms_argument,
     yes_option,
 )
-from diskchain.errors import Busy, NoSpace, NotFound, UsageError
+from diskchain.errors import Busy, NoSpace, UsageError
 from diskchain.ops import delete as ops
 from diskchain.ops import delete_plan, delete_to, look, methods, pending, power, redefine
 from diskchain.ops.merge import Merged
@@ -38,12 +39,15 @@ when_stopped_option = click.option(
 restart_option = click.option("--restart", is_flag=True, help="Stop the VM by its power button, merge, start it again.")
 
 
+RESTART = 20.0  # seconds, roughly: a guest that goes down and comes up
+
+
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for. `pick`: given the catalog, the ids of the snapshots that go."""
+    """What was asked for. `pick`: given the catalog and the names that are deleted already, the ids of those that go."""
 
     word: str
-    pick: Callable[[Catalog], list[str]]
+    pick: Callable[[Catalog, Collection[str]], list[str]]
     copy: bool
     when_stopped: bool
     restart: bool
@@ -98,8 +102,9 @@ def delete(
     if to and rate:
         raise UsageError("--rate is kept by a merge in place; it does not go with --to", hint="leave out one of them")
 
-    def pick(catalog: Catalog) -> list[str]:
-        found = _older(catalog, older_than) if older_than is not None else [catalog.find(n).id for n in names]
+    def pick(catalog: Catalog, done: Collection[str]) -> list[str]:
+        left = [n for n in names if n not in done or named(catalog.visible(), n)]
+        found = _older(catalog, older_than) if older_than is not None else [_find(catalog, n, restart) for n in left]
         return subtree(catalog, found) if children else list(dict.fromkeys(found))
 
     words = " ".join(map(shlex.quote, names)) if names else f"--older-than {older_than:.0f}s"
@@ -110,10 +115,13 @@ def delete(
 
 def _older(catalog: Catalog, seconds: float) -> list[str]:
     ages = [(s, look.age(s.created, time.time())) for s in catalog.visible() if not s.protected]
-    found = [s.id for s, age in ages if age is not None and age > seconds]
-    if not found:
-        raise NotFound(f"{catalog.name} has no snapshot that old", hint=f"diskchain list {catalog.name}")
-    return found
+    return [s.id for s, age in ages if age is not None and age > seconds]
+
+
+def _find(catalog: Catalog, name: str, restart: bool) -> str:
+    """Return a snapshot's id; with a restart also that of one which waits for its merge. Raise NotFound."""
+    waiting = [] if named(catalog.visible(), name) or not restart else named(catalog.pending(), name)
+    return waiting[-1].id if waiting else catalog.find(name).id
 
 
 @click.command(epilog="Example: diskchain accept web1")
@@ -141,7 +149,7 @@ def accept(
     if when_stopped and (restart or rate):
         raise UsageError("--when-stopped only records; it goes with neither --restart nor --rate")
 
-    def pick(catalog: Catalog) -> list[str]:
+    def pick(catalog: Catalog, done: Collection[str]) -> list[str]:
         return line_to_accept(catalog, drop_branches=drop_branches)
 
     _on_each(vm, Asked("accept", pick, False, when_stopped, restart, yes, dry_run, rate=rate), jobs, wait)
@@ -155,15 +163,20 @@ def _on_each(vm: str, asked: Asked, jobs: int, wait: float | None) -> None:
 
 
 async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
+    done: list[str] = []
     if not asked.restart:
-        await context.settle_before_plan(app, host, name, asked.word, dry_run=asked.dry_run)
+        settled = await context.settle_before_plan(app, host, name, asked.word, dry_run=asked.dry_run)
+        done = settled.name.split(", ") if settled and settled.op.startswith("delete") else []
     with context.planning(app, dry_run=asked.dry_run) as planned:
         async with host.look(name) as vm:
             is_on = not (await vm.driver.state()).is_off
             at_once = asked.restart or asked.copy or asked.to is not None
-            ids, later = asked.pick(vm.catalog), asked.when_stopped or (is_on and not at_once)
+            ids, later = asked.pick(vm.catalog, done), asked.when_stopped or (is_on and not at_once)
+            if not ids:
+                _tell_nothing(app, vm, asked, done)
+                return
             deletions = _chosen(vm, asked, plan_all(vm.catalog, ids, data=not later, copy=asked.copy))
-            plan = _with_power(vm, _plan(vm, asked, deletions), deletions, is_on, asked.restart)
+            plan = _with_power(vm, _plan(vm, asked, deletions), deletions, is_on, asked)
             planned(plan)
             if is_on and asked.restart:
                 await vm.driver.refuse("restart")
@@ -177,11 +190,14 @@ async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
         return
     context.confirm(app, plan, f"{asked.word.capitalize()}?", yes=asked.yes, about=ids)
     async with host.change(name, asked.word) as vm:
+        names, restarted = [s.name for s in vm.catalog.snapshots.values() if s.id in ids], False
+        before = [s for s in vm.catalog.pending() if s.id not in ids]
         if asked.restart:
-            merged = await _restarting(app, host, vm, asked, ids)
+            merged, restarted = await _restarting(app, host, vm, asked, ids)
         else:
             merged = await _delete_all(app, host, vm, asked, ids, data=not later)
-        _tell(app, vm, ids, [s.name for d in deletions for s in (*d.snapshots, *d.waits, *d.later)], merged)
+        also = [s.name for s in before if s.id not in vm.catalog.snapshots]
+        _tell(app, vm, Told(names, merged, is_on, restarted, also), ids)
 
 
 def _chosen(vm: VM, asked: Asked, planned: Sequence[Deletion]) -> list[Deletion]:
@@ -212,22 +228,33 @@ async def _check(vm: VM, asked: Asked, deletions: Sequence[Deletion]) -> None:
         raise delete_to.ways_out(vm, error, deletions, asked.words) from error
 
 
-def _with_power(vm: VM, plan: Plan, deletions: Sequence[Deletion], is_on: bool, restart: bool) -> Plan:
-    if is_on and restart:
+def _with_power(vm: VM, plan: Plan, deletions: Sequence[Deletion], is_on: bool, asked: Asked) -> Plan:
+    if later := [s.name for d in deletions for s in d.later]:
+        return replace(plan, steps=(*plan.steps, _when(vm.name, later, is_on)))
+    if is_on and asked.restart:
         steps = ("stop the VM by its power button", *plan.steps, "start the VM")
-        return replace(plan, steps=steps, downtime_estimate_s=20.0 + plan.time_estimate_s)
+        return replace(plan, steps=steps, downtime_estimate_s=RESTART + plan.time_estimate_s)
     if is_on and any(d.moves_data for d in deletions):
         text = f"{vm.name} is on, a merge needs it to be off: diskchain stop {vm.name}, or add --restart"
         return replace(plan, warnings=(*plan.warnings, text))
     return plan
 
 
-async def _restarting(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[str]) -> list[Merged]:
-    """Stop, delete, start again; it is started whatever becomes of the delete."""
+def _when(vm: str, names: Sequence[str], is_on: bool) -> str:
+    """Say when what is recorded gets merged, and how to have that now."""
+    if not is_on:
+        return f"merged by: diskchain merge {vm}"
+    words = " ".join(map(shlex.quote, names))
+    return (f"merged at the next stop of {vm} (diskchain stop {vm}); now, with a restart of about {RESTART:.0f} s: "
+            f"diskchain delete --restart {vm} {words}")  # fmt: skip
+
+
+async def _restarting(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[str]) -> tuple[list[Merged], bool]:
+    """Stop, delete, start again; it is started whatever becomes of the delete. Return the merges, and if it was on."""
     progress = context.progress(app)
     stopped = await power.stop(vm, progress, timeout=host.config.stop.timeout, merge=False)
     try:
-        return await _delete_all(app, host, vm, asked, ids, data=True)
+        return await _delete_all(app, host, vm, asked, ids, data=True), stopped.changed
     finally:
         if stopped.changed:
             await power.start(vm, progress)
@@ -235,8 +262,9 @@ async def _restarting(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[
 
 async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[str], *, data: bool) -> list[Merged]:
     """Carry it out, planned anew on what is there now. The lock is held."""
-    await context.settle(app, host, vm)
-    if not set(ids) <= {s.id for s in vm.catalog.visible()}:
+    if await context.settle(app, host, vm):  # it may have been the same delete
+        ids = [i for i in ids if i in vm.catalog.snapshots]
+    if not set(ids) <= {s.id for s in vm.catalog.snapshots.values() if not s.creating}:
         raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")
     merged: list[Merged] = []
     for planned in plan_all(vm.catalog, ids, data=data, copy=asked.copy):
@@ -252,16 +280,45 @@ async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[
     return merged
 
 
-def _tell(app: App, vm: VM, ids: Sequence[str], names: list[str], merged: list[Merged]) -> None:
+@dataclass(frozen=True)
+class Told:
+    """What a delete or an accept did."""
+
+    names: list[str]
+    merged: list[Merged]
+    was_on: bool = False
+    restarted: bool = False
+    also: Sequence[str] = ()  # deleted before, and merged with these
+
+
+def _tell(app: App, vm: VM, told: Told, ids: Sequence[str]) -> None:
     waiting = [s for s in vm.catalog.pending() if s.id in ids]
-    later = [s.name for s in waiting if pending.can_undelete(vm, s)]
-    layers = [s.name for s in waiting if s.name not in later]
-    body = {"vm": vm.name, "deferred": bool(waiting), "deleted": names, "merged": [asdict(m) for m in merged],
-            "pending": [s.name for s in vm.catalog.pending()]}  # fmt: skip
-    lines = [f"deleted {', '.join(map(repr, names))} of {vm.name}", *map(render.merged_line, merged)]
-    lines += [f"  merged when {vm.name} is off: {', '.join(later)}"] if later else []
-    lines += [f"  the layer of {name} stays until one layer is left on it" for name in layers]
-    context.answer(app, body, lines)
+    later = [s for s in waiting if pending.can_undelete(vm, s)]
+    lines = [f"deleted {', '.join(map(repr, told.names))} of {vm.name}", *map(render.merged_line, told.merged)]
+    lines += [f"  also merged: {', '.join(map(repr, told.also))} (deleted before)"] if told.also else []
+    lines += [f"  {vm.name} was stopped and started again"] if told.restarted else []
+    if later:
+        names = [s.name for s in later]
+        count = size(look.to_merge(vm.catalog, later))
+        lines.append(f"  recorded: {count} of {', '.join(map(repr, names))}, {_when(vm.name, names, told.was_on)}")
+    lines += [f"  the memory of {s.name!r} ({size(s.memory.bytes)}) stays until then" for s in later if s.memory.saved]
+    lines += [f"  the layer of {s.name!r} stays until one layer is left on it" for s in waiting if s not in later]
+    context.answer(app, {**_body(vm, told), "deferred": bool(waiting)}, lines)
+
+
+def _body(vm: VM, told: Told) -> dict[str, Any]:
+    return {"vm": vm.name, "deferred": False, "deleted": told.names, "merged": [asdict(m) for m in told.merged],
+            "pending": [s.name for s in vm.catalog.pending()], "restarted": told.restarted}  # fmt: skip
+
+
+def _tell_nothing(app: App, vm: VM, asked: Asked, done: list[str]) -> None:
+    """Nothing is left to be deleted. `done`: what was, in finishing an interrupted delete just now."""
+    nothing = f"{vm.name}: nothing is to be deleted"
+    if asked.dry_run:
+        context.show_plan(app, Plan(f"{vm.name}: {asked.word}", ("nothing is to be deleted",)))
+    else:
+        said = f"deleted {', '.join(map(repr, done))} of {vm.name}" if done else nothing
+        context.answer(app, _body(vm, Told(done, [])), [said])
 
 
 # -- undelete ----------------------------------------------------------------------------------------------------------
@@ -269,7 +326,7 @@ def _tell(app: App, vm: VM, ids: Sequence[str], names: list[str], merged: list[M
 
 @click.command(epilog="Example: diskchain undelete web1 before-upgrade")
 @vm_argument
-@snapshot_argument
+@click.argument("name", type=SnapshotName(deleted=True))
 @changing_options
 @common
 def undelete(vm: str, name: str, wait: float | None, dry_run: bool) -> None:

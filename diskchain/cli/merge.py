@@ -77,7 +77,7 @@ async def _merge_or_put_off(app: App, host: Host, name: str, rate: int | None) -
 
 def _put_off(vm: VM) -> Merged:
     body = {"vm": vm.name, "deferred": True, "merged": [], "pending": [s.name for s in vm.catalog.pending()]}
-    count = size(look.to_merge(vm.catalog))
+    count = size(look.to_merge(vm.catalog, vm.catalog.pending()))
     return body, [f"{vm.name} is on: {count} pending; merged at the next stop (diskchain stop {vm.name})"]
 
 

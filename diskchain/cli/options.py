@@ -96,9 +96,12 @@ class VMNames(VMName):
 
 
 class SnapshotName(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
-    """The name (or id) of a snapshot."""
+    """The name (or id) of a snapshot; `deleted`: of one that is deleted and not merged yet."""
 
     name = "snapshot"
+
+    def __init__(self, *, deleted: bool = False) -> None:
+        self.deleted = deleted
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Given what was typed, return it as it is."""
@@ -106,7 +109,7 @@ class SnapshotName(click.ParamType):  # type: ignore[type-arg]  # not generic in
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Offer the snapshots of the VM that was named before."""
-        names = look.snapshot_names_quietly(str(ctx.params.get("vm") or ""))
+        names = look.snapshot_names_quietly(str(ctx.params.get("vm") or ""), deleted=self.deleted)
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 

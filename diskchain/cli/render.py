@@ -126,7 +126,9 @@ def list_lines(listing: Listing, asked: str | None) -> list[str]:
     wide = max(width(printable(row["NAME"])) for row in [*rows, now, {"NAME": "NAME"}])
     ages = max(3, *(width(row["AGE"]) for row in rows)) if rows else 3
     for pending in listing.pending:
-        text = f"(deleted; merges at the next stop: {size(pending.bytes)}, about {pending.seconds} s)"
+        when = f"merge it: diskchain merge {listing.vm}" if listing.state == "stopped" else "merges at the next stop"
+        memory = f"; its memory, {size(pending.memory_bytes)}, goes then" if pending.memory_bytes else ""
+        text = f"(deleted; {when}: {size(pending.bytes)}, about {pending.seconds} s{memory})"
         if pending.waits:
             text = f"(deleted; its layer, {size(pending.bytes)}, stays until one layer is left on it)"
         age = rjust(duration(pending.age_seconds), ages)
@@ -199,8 +201,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """Return a plan as people read it."""
     lines = [plan.title, *(f"  {step}" for step in plan.steps)]
     lines += [f"Lost: {text}" for text in plan.lost]
-    if plan.space_needed:
-        lines.append(f"Needed: up to {size(plan.space_needed)} of space")
+    lines += [f"Needed on {n.directory}: {size(n.bytes)} ({size(n.free)} free)" for n in plan.needs]
     if plan.time_estimate_s >= 1:
         lines.append(f"Takes: about {duration(plan.time_estimate_s)}")
     if plan.downtime_estimate_s:

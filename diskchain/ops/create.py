@@ -281,10 +281,12 @@ def _plan(vm: VM, snapshot: Snapshot, overlays: Mapping[str, Image], state: VMSt
         steps = ["freeze the guest's file systems", *steps, "thaw them"]
     if save != "never":
         steps.append(f"save up to {size(ram)} of memory" + (" while the VM runs" if save == "background" else ""))
-    need = METADATA * len(overlays) + (save_memory.space_for(ram) if save != "never" else 0)
+    memory = save_memory.space_for(ram) if save != "never" else 0
+    needs = room.needs([*((i.path.parent, METADATA) for i in overlays.values()), (vm.home.disks_dir, memory)])
     downtime = _expected_pause(ram) if save == "paused" and state is VMState.RUNNING else 0.0
-    return Plan(f"{vm.name}: create snapshot {snapshot.name!r}", tuple(steps), space_needed=need,
-                downtime_estimate_s=downtime, point_of_no_return="when the disks are switched")  # fmt: skip
+    return Plan(f"{vm.name}: create snapshot {snapshot.name!r}", tuple(steps),
+                space_needed=sum(n.bytes for n in needs), needs=needs, downtime_estimate_s=downtime,
+                point_of_no_return="when the disks are switched")  # fmt: skip
 
 
 def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from diskchain.chain.deletion import Deletion, Fold, Pull
+from diskchain.chain.deletion import Deletion, Fold, Pull, after, plan_deletion
 from diskchain.chain.model import Catalog, Image, Snapshot
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size as text_of
-from diskchain.errors import Busy, NoSpace, UnsupportedDisk, VMRunning
+from diskchain.errors import Busy, DiskchainError, NoSpace, UnsupportedDisk, VMRunning
 from diskchain.host import files, locks
-from diskchain.ops import layers, merge, rights, sharers
+from diskchain.ops import layers, merge, rights, room, sharers
 from diskchain.ops.approve import header, virtual_size
 from diskchain.ops.look import MERGE_RATE
 from diskchain.ops.vm import VM
@@ -53,17 +53,42 @@ def to_plan(vm: VM, deletions: Sequence[Deletion], *, title: str = "", rate: int
 
     `rate`: bytes a second that may be written at most.
     """
-    steps = [step for d in deletions for step in _steps(d)]
+    steps, lost = ([step for d in deletions for step in _steps(d)], [text for d in deletions for text in _lost(d)])
+    put_off = _put_off(vm.catalog, deletions)
+    steps += [f"when {vm.name} is off: {step}" for d in put_off for step in _steps(d)]
+    lost += [f"{_memory(s)}, when it is merged" for d in deletions for s in d.later if s.memory.saved]
+    title, deletions = title or _title(vm.name, deletions), [*deletions, *put_off]
     moved = sum(_moved(d) for d in deletions)
-    named = [s for d in deletions for s in (*d.snapshots, *d.waits, *d.later)]
     moving = any(d.moves_data for d in deletions)
+    needs = room.needs((path.parent, count) for d in deletions for path, count in _growths(d))
     return Plan(
-        title or f"{vm.name}: delete {', '.join(repr(s.name) for s in named)}",
-        tuple(steps) or ("nothing is to be done",), bytes=moved, space_needed=sum(_needs(deletions).values()),
+        title, tuple(steps) or ("nothing is to be done",), bytes=moved, space_needed=sum(n.bytes for n in needs), needs=needs,
         time_estimate_s=round(sum(_seconds(d, min(rate or MERGE_RATE, MERGE_RATE)) for d in deletions), 1),
-        lost=tuple(text for d in deletions for text in _lost(d)),
+        lost=tuple(lost),
         point_of_no_return="when the first merge begins (then forward only)" if moving else "",
     )  # fmt: skip
+
+
+def _title(vm: str, deletions: Sequence[Deletion]) -> str:
+    named = [s for d in deletions for s in (*d.snapshots, *d.waits, *d.later)]
+    now = ", ".join(repr(s.name) for s in named if not s.deleted)
+    before = ", ".join(repr(s.name) for s in named if s.deleted)
+    if not now:
+        return f"{vm}: merge {before} (deleted before)"
+    return f"{vm}: delete {now}" + (f"; also merges {before} (deleted before)" if before else "")
+
+
+def _put_off(catalog: Catalog, deletions: Sequence[Deletion]) -> list[Deletion]:
+    """What is merged when the VM is off, of what is only recorded now; nothing where the files can't tell."""
+    if not any(d.later for d in deletions):
+        return []
+    for deletion in deletions:
+        catalog = after(catalog, deletion)
+    with contextlib.suppress(DiskchainError, OSError):
+        planned = plan_deletion(catalog, [])
+        verify(catalog, planned)
+        return [planned]
+    return []
 
 
 def _steps(deletion: Deletion) -> Iterator[str]:
@@ -82,10 +107,10 @@ def _steps(deletion: Deletion) -> Iterator[str]:
     for image in deletion.kept:
         yield f"{image.target}: {_let_go(image)}"
     for snapshot in deletion.waits:
-        yield (f"{snapshot.name}: let go of its name, configuration and memory; several layers stand on its layer, "
+        yield (f"{snapshot.name!r}: let go of its name, configuration and memory; several layers stand on its layer, "
                "which stays until one is left (--copy: copied into each of them now)")  # fmt: skip
     for snapshot in deletion.later:
-        yield f"{snapshot.name}: recorded; it is merged when the VM is off (undelete takes it back until then)"
+        yield f"{snapshot.name!r}: recorded; undelete takes it back until it is merged"
 
 
 def _let_go(image: Image) -> str:
@@ -96,9 +121,13 @@ def _lost(deletion: Deletion) -> Iterator[str]:
     gone = {i.id for i in deletion.unlinks}
     for snapshot in (*deletion.snapshots, *deletion.waits):
         if gone & set(snapshot.disks.values()) and not snapshot.deleted:
-            yield f"the disks' state of {snapshot.name}"
+            yield f"the disks' state of {snapshot.name!r}"
         if snapshot.memory.saved:
-            yield f"the memory of {snapshot.name} ({text_of(snapshot.memory.bytes)})"
+            yield _memory(snapshot)
+
+
+def _memory(snapshot: Snapshot) -> str:
+    return f"the memory of {snapshot.name!r} ({text_of(snapshot.memory.bytes)})"
 
 
 def _held(images: Sequence[Image]) -> int:

@@ -58,7 +58,7 @@ def to_plan(vm: VM, found: Sequence[Item], plan: Plan) -> Plan:
     kept = [images[i.id] for i in found if not images[i.id].ours]
     steps += [f"{i.target}: let go of {i.path}; the file stays (diskchain did not make it)" for i in kept]
     steps += [step for step in plan.steps if ": fold " not in step]
-    return replace(plan, steps=tuple(steps), bytes=count, space_needed=count,
+    return replace(plan, steps=tuple(steps), bytes=count, space_needed=count, needs=elsewhere.needs(vm.catalog, found),
                    point_of_no_return="when the new files are whole")  # fmt: skip
 
 

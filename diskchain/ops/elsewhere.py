@@ -25,12 +25,13 @@ from typing import Any
 
 from diskchain.chain.deletion import after as deletion_after
 from diskchain.chain.model import Catalog, Image, MiB
+from diskchain.chain.plan import Need
 from diskchain.chain.text import size
 from diskchain.errors import ChainDamaged, NoSpace, Refused, Unfinished, UnsupportedDisk, VMRunning
 from diskchain.host import copy, files, locks, qemu_img, qemu_img_copy
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
-from diskchain.ops import delete, layers, redefine
+from diskchain.ops import delete, layers, redefine, room
 from diskchain.ops.approve import approve_chain
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import Progress
@@ -112,6 +113,11 @@ def need(catalog: Catalog, items: Sequence[Item], *, flat: bool = False) -> int:
         image for item in items for i in item.layers for image in (catalog.chain(i) if flat else [catalog.images[i]])
     ]
     return sum(files.allocated_bytes(image.path) for image in read) + METADATA * len(items)
+
+
+def needs(catalog: Catalog, items: Sequence[Item], *, flat: bool = False) -> tuple[Need, ...]:
+    """Return how many bytes the new files take at most, and where."""
+    return room.needs((item.path.parent, need(catalog, [item], flat=flat)) for item in items)
 
 
 def _refuse_other_sizes(catalog: Catalog, item: Item) -> None:

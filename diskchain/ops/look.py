@@ -5,6 +5,7 @@ from __future__ import annotations
 import calendar
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ class PendingView:
     bytes: int
     age_seconds: float | None
     waits: bool = False  # several layers stand on its layer
+
+    @property
+    def memory_bytes(self) -> int:
+        """Its saved memory, which is there until the merge."""
+        return self.snapshot.memory.bytes if self.snapshot.memory.saved else 0
 
     @property
     def seconds(self) -> int:
@@ -184,9 +190,9 @@ def _pending_view(catalog: Catalog, snapshot: Snapshot, now: float) -> PendingVi
     return PendingView(snapshot, size if waits else _to_merge(catalog, snapshot), age(snapshot.created, now), waits)
 
 
-def to_merge(catalog: Catalog) -> int:
-    """Return the bytes that are to be merged of what was deleted, as far as it can be."""
-    return sum(_to_merge(catalog, s) for s in catalog.pending() if not catalog.is_fork(s))
+def to_merge(catalog: Catalog, snapshots: Iterable[Snapshot]) -> int:
+    """Return the bytes that are to be merged of deleted snapshots, as far as it can be."""
+    return sum(_to_merge(catalog, s) for s in snapshots if not catalog.is_fork(s))
 
 
 def _to_merge(catalog: Catalog, snapshot: Snapshot) -> int:
@@ -254,7 +260,8 @@ def _listing_head(listing: Listing) -> dict[str, Any]:
     return {
         "vm": listing.vm, "state": listing.state, "current": listing.current, "now": {"keeps": listing.now_bytes},
         "unfinished": listing.unfinished,
-        "pending": [{"op": "wait" if p.waits else "merge", "snapshot": p.snapshot.name, "bytes": p.bytes}
+        "pending": [{"op": "wait" if p.waits else "merge", "snapshot": p.snapshot.name, "bytes": p.bytes,
+                     "memory": p.memory_bytes}
                     for p in listing.pending],
     }  # fmt: skip
 
@@ -387,10 +394,11 @@ def names_quietly() -> list[str]:
         return []
 
 
-def snapshot_names_quietly(vm: str) -> list[str]:
-    """Return the names of a VM's snapshots, for completion."""
+def snapshot_names_quietly(vm: str, *, deleted: bool = False) -> list[str]:
+    """Return the names of a VM's snapshots, or of those that are deleted and not merged yet, for completion."""
     try:
         home = Host(load_config(), choose_uri(None)).places.find(vm).home
-        return [s.name for s in catalog_store.load(home).visible()] if home else []
+        catalog = catalog_store.load(home) if home else None
+        return [s.name for s in (catalog.pending() if deleted else catalog.visible())] if catalog else []
     except Exception:
         return []

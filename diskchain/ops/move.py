@@ -26,7 +26,7 @@ from diskchain.errors import ChainDamaged, NotFound, Refused
 from diskchain.host import copy, files, locks
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard, vm_lock
-from diskchain.ops import detach, elsewhere, layers, redefine, sharers
+from diskchain.ops import detach, elsewhere, layers, redefine, room, sharers
 from diskchain.ops.elsewhere import Item
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, new_id, now_utc
@@ -93,6 +93,7 @@ def to_plan(vm: VM, move: Move) -> Plan:
     left = [images[i.id].path for i in move.items if not images[i.id].ours]
     warnings = [f"{path} was not made by diskchain: it is copied, and the old file stays" for path in left]
     return Plan(f"{vm.name}: move to {move.directory}", tuple(steps), bytes=count, space_needed=count,
+                needs=room.needs([(move.directory, count)]),
                 point_of_no_return="when the definition names the new files", warnings=tuple(warnings))  # fmt: skip
 
 

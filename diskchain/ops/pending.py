@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from diskchain.chain.deletion import Deletion, plan_deletion
-from diskchain.chain.model import Snapshot
+from diskchain.chain.model import Snapshot, named
 from diskchain.errors import DiskchainError, NotFound, Refused
 from diskchain.ops import delete, delete_plan, methods, recover
 from diskchain.ops.merge import Merged
@@ -60,7 +60,7 @@ def to_undelete(vm: VM, name: str) -> Snapshot:
 
     Raise NotFound, Refused when only its layer is left, or its name is taken.
     """
-    found = [s for s in vm.catalog.pending() if name in (s.name, s.id)]
+    found = named(vm.catalog.pending(), name)
     if not found:
         raise NotFound(f"{vm.name} has no deleted snapshot {name!r} that waits for its merge",
                        hint=f"diskchain list {vm.name} shows those that do")  # fmt: skip

@@ -21,7 +21,7 @@ from diskchain.errors import (
     Refused,
 )
 from diskchain.host import files
-from diskchain.ops import layers, save_memory, state_files
+from diskchain.ops import layers, room, save_memory, state_files
 from diskchain.ops.create import METADATA
 from diskchain.ops.vm import VM, definition_at, new_id, now_utc
 
@@ -177,10 +177,14 @@ def _keep(catalog: Catalog, request: Request, state: VMState, *, listed: bool) -
     )  # fmt: skip
 
 
+def _need(vm: VM, overlays: int, keep: Snapshot | None) -> int:
+    """Bytes that are needed at most beside the disks."""
+    saving = keep is not None and keep.memory.status == "saving"
+    return METADATA * overlays + (save_memory.space_for(vm.driver.memory_bytes()) if saving else 0)
+
+
 def _check_space(vm: VM, overlays: dict[str, Image], keep: Snapshot | None) -> None:
-    need = METADATA * len(overlays)
-    if keep and keep.memory.status == "saving":
-        need += save_memory.space_for(vm.driver.memory_bytes())
+    need = _need(vm, len(overlays), keep)
     free = files.free_bytes(vm.home.path)
     if free < need:
         raise NoSpace(f"{size(need)} are needed beside the disks of {vm.name}, {size(free)} are free",
@@ -218,7 +222,9 @@ def _plan(vm: VM, snapshot: Snapshot, disks: RevertDisks, state: VMState, keep: 
         steps.append(f"{', '.join(unused)} of the snapshot left out: the configuration of now has no such disk")
     if changes:
         steps.append("configuration goes back: " + "; ".join(changes))
-    return Plan(f"{vm.name}: revert to {snapshot.name!r}", tuple(steps), space_needed=METADATA * len(disks.on),
+    need = _need(vm, len(disks.on), keep)
+    return Plan(f"{vm.name}: revert to {snapshot.name!r}", tuple(steps), space_needed=need,
+                needs=room.needs([(vm.home.disks_dir, need)]),
                 downtime_estimate_s=2.0 if not state.is_off else 0.0, lost=tuple(lost),
                 point_of_no_return="when the VM runs on the new overlays")  # fmt: skip
 

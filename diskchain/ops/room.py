@@ -1,17 +1,31 @@
-"""Where there is room, when it is not where it is needed: the directories that are known, one for each filesystem."""
+"""How much room is needed where; and where there is some, when it is not there: the known directories, one for each filesystem."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from diskchain.chain.plan import Need
 from diskchain.chain.text import size
 from diskchain.errors import DiskchainError
 from diskchain.host import files
 from diskchain.ops import sharers
 from diskchain.ops.vm import VM
+
+
+def needs(wanted: Iterable[tuple[Path, int]]) -> tuple[Need, ...]:
+    """Given directories and the bytes that are needed there at most, return the sum for each filesystem, and what is free."""
+    found: dict[int | None, Need] = {}
+    for directory, count in ((d, c) for d, c in wanted if c):
+        device = _device(directory)
+        if device in found:
+            found[device] = replace(found[device], bytes=found[device].bytes + count)
+        elif device is not None:
+            found[device] = Need(str(directory), count, files.free_bytes(directory))
+    return tuple(found.values())
 
 
 def places(vm: VM, need: int) -> list[tuple[Path, int]]:

@@ -41,3 +41,21 @@ def test_merge_of_all_says_what_is_pending_of_a_vm_that_is_on(on: Rig) -> None:
     assert re.fullmatch(r"vm is on: 2\.\dM pending; merged at the next stop \(diskchain stop vm\)\n", said)
     on.ok("stop", "vm", "--force", "-y")
     assert on.ok("merge", "vm").out == "vm: nothing is to be merged\n"
+
+
+def test_recorded_delete_says_what_it_will_do_and_how_to_have_that_now(on: Rig) -> None:
+    now = "merged at the next stop of vm (diskchain stop vm); now, with a restart of about 20 s: diskchain delete --restart vm one"
+    answer = on.ok("delete", "vm", "one", "-n", "--json").json["plan"]
+    assert answer["bytes"] > 2 * MiB and answer["space_needed"] > 0 and answer["needs"][0]["free"] > 0
+    plan = on.ok("delete", "vm", "one", "-n").out
+    assert re.search(r"when vm is off: vda: fold 2\.\dM of ", plan) and now in plan
+    assert re.search(r"^Lost: the memory of 'one' \([\d.]+[KM]\), when it is merged$", plan, re.MULTILINE)
+    assert re.search(r"^Needed on \S+: [\d.]+[KM] ", plan, re.MULTILINE)
+    said = on.ok("delete", "vm", "one", "-y").out
+    assert now in said and re.search(r"recorded: 2\.\dM of 'one', merged", said)
+    assert re.search(r"the memory of 'one' \([\d.]+[KM]\) stays until then", said)
+    assert re.search(
+        r"\(deleted; merges at the next stop: 2\.\dM, .*its memory, [\d.]+[KM], goes then\)", on.ok("list", "vm").out
+    )
+    again = on.ok("delete", "--restart", "vm", "one", "-n").out
+    assert again.startswith("vm: merge 'one' (deleted before)\n") and "stop the VM" in again

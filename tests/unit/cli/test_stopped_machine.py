@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from diskchain.cli.context import wait_for
 from tests.support.zygote import heed_signals
 
 from .conftest import Web1, io
+from .test_app import complete
 
 
 def test_define_again_and_list(web1: Web1) -> None:
@@ -164,7 +166,7 @@ def test_delete_what_is_not_said_clearly_exits_2(web1: Web1) -> None:
     web1.run("create", "web1", "one")
     for wrong in ((), ("one", "--older-than", "1d"), ("one", "--when-stopped", "--restart")):
         web1.run("delete", "web1", *wrong, "-y", code=2)
-    web1.run("delete", "web1", "--older-than", "1d", "-y", code=4)
+    web1.run("delete", "we*,nope", "--older-than", "1d", code=4)
     web1.run("accept", "web1", "--when-stopped", "--restart", "-y", code=2)
 
 
@@ -179,8 +181,57 @@ def test_delete_older_than_leaves_protected_and_young_ones(web1: Web1) -> None:
     web1.run("accept", "web1", "-y", code=6)
 
 
-def test_accept_of_nothing_and_of_branches(web1: Web1) -> None:
-    web1.run("accept", "web1", "-y", code=4)
+def test_nothing_to_delete_is_done_and_asks_nobody(web1: Web1) -> None:
+    """What cron does every night must not fail in the nights in which nothing is old enough."""
+    assert web1.run("accept", "web1", "--json").json["deleted"] == []
+    web1.run("create", "web1", "one")
+    for words in (["web1"], ["web*"]):
+        assert "nothing is to be deleted" in web1.run("delete", *words, "--older-than", "1d").out
+    assert web1.run("delete", "web1", "--older-than", "1d", "--json").json["deleted"] == []
+    assert "nothing" in web1.run("delete", "web1", "--older-than", "1d", "-n").out
+    assert web1.names() == ["one"]
+
+
+def test_recorded_delete_says_how_to_merge_it_and_how_to_take_it_back(
+    web1: Web1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web1.run("create", "web1", "one")
+    web1.run("create", "web1", "it's two")
+    assert "merged by: diskchain merge web1\n" in web1.run("delete", "web1", "one", "--when-stopped", "-n").out
+    assert "merged by: diskchain merge web1\n" in web1.run("delete", "web1", "one", "--when-stopped", "-y").out
+    assert "(deleted; merge it: diskchain merge web1: " in web1.run("list", "web1").out
+    for words in (["show"], ["delete", "-y"], ["revert", "-y"], ["protect"]):
+        error = web1.run(words[0], "web1", "one", *words[1:], "--json", code=4).json["error"]
+        assert error["hint"] == "diskchain undelete web1 one" and "is deleted" in error["message"]
+    assert complete("undelete web1 ", monkeypatch) == ["one"]
+    plan = web1.run("delete", "web1", "it's two", "-n", "--json").json["plan"]
+    assert plan["title"] == "web1: delete \"it's two\"; also merges 'one' (deleted before)"
+    answer = web1.run("delete", "web1", "it's two", "-y").out
+    assert "also merged: 'one' (deleted before)" in answer and answer.startswith('deleted "it\'s two" of web1\n')
+
+
+def test_a_name_wins_over_an_id(web1: Web1) -> None:
+    snapshot = web1.run("create", "web1", "one", "--json").json["snapshot"]
+    assert web1.run("show", "web1", snapshot["id"], "--json").json["snapshot"]["name"] == "one"
+    web1.run("create", "web1", snapshot["id"])
+    web1.run("delete", "web1", snapshot["id"], "-y")
+    assert web1.names() == ["one"]
+
+
+def test_delete_that_was_killed_and_is_typed_again_is_done(web1: Web1) -> None:
+    for name in ("one", "two"):
+        web1.run("create", "web1", name)
+    killed("delete", "web1", "one", "-y", at="delete.committed-one")
+    answer = web1.run("delete", "web1", "one", "-y")
+    assert answer.out == "deleted 'one' of web1\n" and "was finished first" in answer.err
+    web1.run("create", "web1", "three")
+    killed("delete", "web1", "three", "-y", at="delete.committed-one")
+    assert web1.run("delete", "web1", "three", "two", "-y", "--json").json["deleted"] == ["two"]
+    web1.run("delete", "web1", "one", "-y", code=4)
+    assert web1.names() == []
+
+
+def test_accept_of_branches(web1: Web1) -> None:
     web1.run("create", "web1", "one")
     web1.run("revert", "web1", "one", "-y")
     assert web1.run("accept", "web1", "-y", "--json", code=6).json["error"]["kind"] == "HasChildren"
@@ -358,3 +409,23 @@ def test_busy_names_the_holder(web1: Web1) -> None:
     finally:
         holder.kill()
         holder.wait()
+
+
+@pytest.mark.parametrize("words", [
+    ["create", "web1", "two"], ["delete", "web1", "one"], ["accept", "web1"], ["revert", "web1", "one"],
+    ["move", "web1", "--to", "DIR"], ["delete", "web1", "one", "--to", "DIR"], ["detach", "web1", "--to", "DIR"],
+], ids=" ".join)  # fmt: skip
+def test_plan_says_where_room_is_needed_and_how_much_is_free(web1: Web1, words: list[str]) -> None:
+    web1.run("create", "web1", "one")
+    web1.write(2, "0")
+    there = web1.directory / "there"
+    there.mkdir()
+    words = [str(there) if word == "DIR" else word for word in words]
+    if words[0] == "detach":
+        web1.run("base", "seal", str(web1.directory / "web1.qcow2"))
+    plan = web1.run(*words, "-n", "--json").json["plan"]
+    (need,) = plan["needs"]
+    assert need["directory"] == str(there if "--to" in words else web1.directory)
+    assert need["bytes"] == plan["space_needed"] > 0 and need["free"] > 0
+    line = rf"^Needed on {re.escape(need['directory'])}: [\d.]+[KM] \([\d.]+[MGT] free\)$"
+    assert re.search(line, web1.run(*words, "-n").out, re.MULTILINE)
