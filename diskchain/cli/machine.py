@@ -46,6 +46,8 @@ async def _define(app: App, host: Host, file: Path, dry_run: bool) -> None:
         return
     defined = await ops.define(host, file)
     body, line = _defined(defined)
+    for text in defined.missing:
+        context.progress(app).warn(f"{text}; {defined.machine.name} can't start without it")
     context.answer(app, {"vm": defined.machine.name, "machine": body}, [line])
 
 

@@ -35,8 +35,7 @@ async def _start(app: App, host: Host, name: str, paused: bool, dry_run: bool) -
     async with host.look(name) as vm:
         before = await vm.driver.state()
         if dry_run:
-            step = "nothing: it runs already" if before is VMState.RUNNING else "start it" + " paused" * paused
-            context.show_plan(app, Plan(f"{vm.name}: start", (step,)))
+            context.show_plan(app, await _start_plan(vm, paused))
             return
         if before is VMState.RUNNING:
             _tell(app, vm.name, before.value, changed=False)
@@ -45,6 +44,15 @@ async def _start(app: App, host: Host, name: str, paused: bool, dry_run: bool) -
     async with right_of_way.taken(host, name, progress, lambda text: context.note(app, text)) as vm:
         changed = await power.start(vm, progress, paused=paused)
         _tell(app, vm.name, (await vm.driver.state()).value, changed=changed)
+
+
+async def _start_plan(vm: VM, paused: bool) -> Plan:
+    steps = ["start it" + " paused" * paused]
+    if operation := look.open_operation(vm):
+        steps.insert(0, f"finish, undo or put off the {operation} that is at work or was interrupted")
+    elif not await power.can_start(vm):
+        steps = ["nothing: it runs already"]
+    return Plan(f"{vm.name}: start", tuple(steps))
 
 
 @click.command(epilog="Example: diskchain stop web1 --timeout 2m")
@@ -155,8 +163,10 @@ async def _switch(
 ) -> None:
     if dry_run:
         async with host.look(name) as vm:
+            changes = await power.can_switch(vm, run=word == "resume")
             state = (await vm.driver.state()).value
-            context.show_plan(app, Plan(f"{vm.name}: {word}", (f"{word} it; it is {state} now",)))
+            step = f"{word} it; it is {state} now" if changes else f"nothing: it is {state} already"
+            context.show_plan(app, Plan(f"{vm.name}: {word}", (step,)))
         return
     async with host.change(name, word) as vm:
         if look.open_operation(vm) == "create":

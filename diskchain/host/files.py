@@ -67,6 +67,15 @@ def os_errors(path: Path | str, action: str) -> Iterator[None]:
         raise translated(error, path, action) from error
 
 
+def require_access(path: Path, mode: int, action: str) -> None:
+    """Raise as `translated` does when we have no right to read, write or search (os.R_OK, ...) what is there."""
+    if not os.access(path, mode, effective_ids=True):
+        number = errno.EACCES if path.exists() else errno.ENOENT
+        if number == errno.EACCES and os.statvfs(path).f_flag & os.ST_RDONLY:
+            number = errno.EROFS
+        raise translated(OSError(number, os.strerror(number)), path, action)
+
+
 # Reading what others made
 
 

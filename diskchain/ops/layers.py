@@ -125,13 +125,15 @@ def _virtual_size(image: Image) -> int:
 def plan_overlays(catalog: Catalog, on: Mapping[str, str], directory: Path | None = None) -> dict[str, Image]:
     """Given for each target the image to stand on, return the new overlays (not made yet), beside it or in `directory`.
 
-    Names: `layer_name`; they do not grow with the chain. Raise Refused for one that is taken, or can't be written down.
+    Names: `layer_name`; they do not grow with the chain. Raise Refused for one that is taken, or can't be written down, and
+    without the right to make files there.
     """
     overlays = {}
     for target, below_id in on.items():
         below, base = catalog.images[below_id], catalog.chain(below_id)[-1]
         image_id = new_id()
         path = (directory or below.path.parent) / layer_name(base.path, target, image_id)
+        files.require_access(path.parent, os.W_OK | os.X_OK, "create a layer in")
         if os.path.lexists(path):  # before the journal knows the name: its undo unlinks what it knows
             raise Refused(f"{path} exists already", hint="move it away, then try again")
         qemu_img.refuse_unnameable(qemu_img.backing_name_for(path, below.path))

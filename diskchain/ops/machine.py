@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import uuid as uuid_module
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,11 +44,15 @@ from diskchain.store.catalog import Home, homes_near
 
 @dataclass(frozen=True)
 class Defined:
-    """A machine that was defined. `again`: it was known before; its layers are the catalog's and did not change."""
+    """A machine that was defined. `again`: it was known before; its layers are the catalog's and did not change.
+
+    `missing`: what it names and does not start without.
+    """
 
     machine: Machine
     home: Path
     again: bool
+    missing: Sequence[str] = ()
 
 
 async def define(host: Host, file: Path) -> Defined:
@@ -64,14 +68,15 @@ async def define(host: Host, file: Path) -> Defined:
     with vm_lock(home.lock, f"define {machine.name}", wait=host.config.wait):
         registered = Registered(machine, home.path, str(file.absolute()))
         catalog = _next_catalog(host, machine, home, chains)
-        catalog = await state_files.provide(QemuDriver(registered, host.machines, host.config.run_dir), catalog)
+        driver = QemuDriver(registered, host.machines, host.config.run_dir)
+        catalog = await state_files.provide(driver, catalog)
         with _told(host, machine.name, "defined"):
             catalog_store.save(home, _both(home, catalog))
             point("define.catalog")
             host.machines.put(registered)
             point("define.definition")
             catalog_store.save(home, catalog)
-    return Defined(machine, home.path, known is not None)
+    return Defined(machine, home.path, known is not None, driver.missing_files(driver.definition()))
 
 
 Chains = dict[str, list[ApprovedImage]]

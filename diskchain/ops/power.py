@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass, replace
 
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError, Refused
+from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.ops import layers, pending, quiesce, recover, state_files
 from diskchain.ops.merge import Merged
@@ -29,18 +31,31 @@ async def start(vm: VM, progress: Progress = QUIET, *, paused: bool = False) -> 
     Raise ChainDamaged, HostileImage before QEMU sees anything that is not as it was left; Refused when it is paused.
     """
     recovered = await recover.before_start(vm, progress)
-    state = await vm.driver.state()
-    if state is VMState.RUNNING:
+    if not await can_start(vm):
         return recovered is not None  # what was interrupted may have started it
-    if not state.is_off:
-        raise Refused(f"{vm.name} is on already, {state.value}", hint=f"diskchain resume {vm.name}")
-    await vm.verify_definition()
-    await asyncio.to_thread(layers.verify_active, vm.catalog)
     known = await state_files.provide(vm.driver, replace(vm.catalog, asleep=False))
     if vm.known and known != vm.catalog:  # a domain without records is started without making any
         vm.save(known)
     point("start.launching")
     await vm.driver.start(vm.catalog.active_chains(), paused=paused)
+    return True
+
+
+async def can_start(vm: VM) -> bool:
+    """Look at everything that could stand in the way of a start; return False when the VM runs already. Raise as `start`."""
+    state = await vm.driver.state()
+    if state is VMState.RUNNING:
+        return False
+    if not state.is_off:
+        raise Refused(f"{vm.name} is on already, {state.value}", hint=f"diskchain resume {vm.name}")
+    await vm.verify_definition()
+    await asyncio.to_thread(layers.verify_active, vm.catalog)
+    if vm.registered:  # its QEMU is of our own user
+        for image_id in vm.catalog.active.values():
+            files.require_access(vm.catalog.images[image_id].path, os.R_OK | os.W_OK, "write to")
+        if missing := vm.driver.missing_files(vm.driver.definition()):
+            raise Refused(f"{vm.name} can't start: {'; '.join(missing)}",
+                          hint="bring the files back, or correct the machine file and define it again")  # fmt: skip
     return True
 
 
@@ -81,12 +96,17 @@ async def _shut_down(vm: VM, state: VMState, timeout: float) -> None:
                              hint=f"try again, or: diskchain stop --force {vm.name} (like a power cut)")  # fmt: skip
 
 
-async def pause(vm: VM) -> bool:
-    """Stop the virtual CPUs; return False when they stand already. Raise Refused when the VM is off."""
+async def can_switch(vm: VM, *, run: bool) -> bool:
+    """Whether a pause (or with `run` a resume) changes anything. Raise Refused when the VM is off."""
     state = await vm.driver.state()
     if state.is_off:
         raise Refused(f"{vm.name} is off", hint=f"diskchain start {vm.name}")
-    if state is not VMState.RUNNING:
+    return (state is VMState.RUNNING) != run
+
+
+async def pause(vm: VM) -> bool:
+    """Stop the virtual CPUs; return False when they stand already. Raise Refused when the VM is off."""
+    if not await can_switch(vm, run=False):
         return False
     await vm.driver.pause()
     return True
@@ -94,10 +114,7 @@ async def pause(vm: VM) -> bool:
 
 async def resume(vm: VM, progress: Progress = QUIET) -> bool:
     """Let the virtual CPUs go on; return False when they run already. Raise Refused when the VM is off."""
-    state = await vm.driver.state()
-    if state.is_off:
-        raise Refused(f"{vm.name} is off", hint=f"diskchain start {vm.name}")
-    if state is VMState.RUNNING:
+    if not await can_switch(vm, run=True):
         return False
     await vm.driver.resume()
     await _wake(vm, progress)

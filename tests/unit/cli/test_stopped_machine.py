@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -429,3 +430,48 @@ def test_plan_says_where_room_is_needed_and_how_much_is_free(web1: Web1, words: 
     assert need["bytes"] == plan["space_needed"] > 0 and need["free"] > 0
     line = rf"^Needed on {re.escape(need['directory'])}: [\d.]+[KM] \([\d.]+[MGT] free\)$"
     assert re.search(line, web1.run(*words, "-n").out, re.MULTILINE)
+
+
+# -- a dry run refuses what the command refuses ------------------------------------------------------------------------
+
+
+def no_right(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Take the right to write to a path from us, also where root runs the tests."""
+    real = os.access
+
+    def access(asked: Path, mode: int, **more: bool) -> bool:
+        return real(asked, mode, **more) and not (Path(asked) == path and mode & os.W_OK)
+
+    monkeypatch.setattr(os, "access", access)
+
+
+@pytest.mark.parametrize("dry", [["-n"], []])
+def test_pause_and_resume_of_a_machine_that_is_off_are_refused(web1: Web1, dry: list[str]) -> None:
+    for word in ("pause", "resume"):
+        assert web1.run(word, "web1", *dry, "--json", code=6).json["error"]["message"] == "web1 is off"
+
+
+@pytest.mark.parametrize("dry", [["-n"], []])
+def test_no_right_to_write_is_refused(web1: Web1, monkeypatch: pytest.MonkeyPatch, dry: list[str]) -> None:
+    web1.run("create", "web1", "one")
+    no_right(monkeypatch, Path(web1.active("vdb")))
+    assert "Permission denied" in web1.run("start", "web1", *dry, code=6).err
+
+
+@pytest.mark.parametrize("words", [["create", "web1", "two"], ["revert", "web1", "one", "-y"]], ids=" ".join)
+@pytest.mark.parametrize("dry", [["-n"], []])
+def test_no_right_to_make_layers_is_refused(
+    web1: Web1, monkeypatch: pytest.MonkeyPatch, words: list[str], dry: list[str]
+) -> None:
+    web1.run("create", "web1", "one")
+    no_right(monkeypatch, web1.directory)
+    assert "Permission denied" in web1.run(*words, *dry, code=6).err
+
+
+def test_missing_kernel_is_warned_of_and_refused(web1: Web1) -> None:
+    file = web1.directory / "web1.toml"
+    file.write_text(file.read_text().replace("memory =", 'kernel = "vmlinuz"\nmemory ='))
+    missing = f"kernel {web1.directory / 'vmlinuz'} does not exist"
+    assert f"warning: {missing}; web1 can't start without it\n" == web1.run("machine", "define", str(file)).err
+    for dry in (["-n"], []):
+        assert missing in web1.run("start", "web1", *dry, code=6).err
