@@ -106,8 +106,14 @@ async def _revert(app: App, host: Host, name: str, request: Request | None, yes:
 
 def _tell(app: App, vm: VM, done: Reverted) -> None:
     body = {**asdict(done), "vm": vm.name, "snapshot": done.snapshot.name}
-    lines = [f"{vm.name} is back at {done.snapshot.name!r}, {done.state}"]
-    if done.kept_as:
+    back = f"{vm.name} is back at {done.snapshot.name!r}, {done.state}"
+    if done.left_as_now:
+        gone_back, left = ", ".join(done.disks) or "nothing", ", ".join(done.left_as_now)
+        back = f"{gone_back} of {vm.name} is back at {done.snapshot.name!r}, {left} as before; {done.state}"
+    lines = [back]
+    if not done.kept_as:
+        lines.append("the present of before is gone (--discard)")
+    else:
         lines.append(f"the present of before is kept as {done.kept_as!r}; back to it: diskchain undo {vm.name}")
     lines += [f"configuration: {text}" for text in done.config_changes]
     context.answer(app, body, lines)

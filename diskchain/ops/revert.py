@@ -56,6 +56,8 @@ class Reverted:
     state: str
     config_changes: list[str]
     seconds: float
+    disks: tuple[str, ...]  # went back
+    left_as_now: tuple[str, ...]  # hold what they held before
 
 
 async def revert(vm: VM, request: Request, progress: Progress = QUIET) -> Reverted:
@@ -82,7 +84,7 @@ async def revert(vm: VM, request: Request, progress: Progress = QUIET) -> Revert
     await finish(vm, entry)
     final = await vm.driver.state()
     return Reverted(prepared.snapshot, prepared.keep.name if prepared.keep else None, final.value, prepared.changes,
-                    round(time.monotonic() - began, 3))  # fmt: skip
+                    round(time.monotonic() - began, 3), prepared.disks.covered, tuple(prepared.disks.left_alone))  # fmt: skip
 
 
 @contextlib.contextmanager

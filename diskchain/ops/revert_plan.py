@@ -16,6 +16,7 @@ from diskchain.errors import (
     BadName,
     ChainDamaged,
     HostileImage,
+    MemoryNotSaved,
     NoSpace,
     NotFound,
     Refused,
@@ -69,12 +70,14 @@ def undo_target(vm: VM) -> str:
 async def prepare(vm: VM, request: Request) -> Prepared:
     """Look at everything that could stand in the way, and return what `revert` would do. Changes nothing.
 
-    Raise NotFound, BadName, ChainDamaged, HostileImage, MemoryDamaged, Refused, NoSpace.
+    Raise NotFound, BadName, ChainDamaged, HostileImage, MemoryDamaged, MemoryNotSaved, Refused, NoSpace.
     """
     snapshot = vm.catalog.find(request.name)
     await vm.driver.refuse("revert")
     await vm.verify_definition()
     state = await vm.driver.state()
+    if request.keep_memory and state.is_off:
+        raise MemoryNotSaved(f"{vm.name} is off; it has no memory to keep", hint="leave --keep-memory away")
     with_memory = snapshot.memory.saved and not request.cold and not request.only
     definition, changes = _configuration(vm, snapshot, request, with_memory)
     disks = plan_revert_disks(
@@ -167,7 +170,7 @@ def _keep(catalog: Catalog, request: Request, state: VMState, *, listed: bool) -
     name = snapshot_name(request.keep_as) if request.keep_as else f"before-revert-{number}"
     if name in names:
         raise BadName(f"{catalog.name} has a snapshot {name!r} already", hint="choose another --keep-as")
-    memory = Memory("saving") if request.keep_memory and not state.is_off else Memory()
+    memory = Memory("saving") if request.keep_memory else Memory()
     return Snapshot(
         id=new_id(), name=name, created=now_utc(), parent=catalog.current, disks=dict(catalog.active),
         description=f"the present before going back to {request.name}", automatic=not request.keep_as,
@@ -199,10 +202,9 @@ def _usual_power(snapshot: Snapshot, with_memory: bool, state: VMState) -> str:
 
 def _plan(vm: VM, snapshot: Snapshot, disks: RevertDisks, state: VMState, keep: Snapshot | None, with_memory: bool,
           power: str, changes: list[str]) -> Plan:  # fmt: skip
-    source = f"memory of {snapshot.created}" if with_memory else "its disks" if power != "stopped" else ""
-    steps = [f"{state.value}" + (" -> stopped (not shut down)" if not state.is_off else "") + f" -> {power}"
-             + (f" from {source}" if source else "")]  # fmt: skip
-    lost = []
+    steps, lost = [_way(snapshot, state, power, with_memory)], []
+    if snapshot.memory.saved and not (with_memory and power != "stopped"):
+        steps.append(f"the memory of {snapshot.name!r} is left aside; it stays in the snapshot")
     gone = disks.covered if keep is None else tuple(vm.catalog.active)
     written = sum(_allocated(vm.catalog.images[i].path) for t, i in vm.catalog.active.items() if t in gone)
     if keep is None:
@@ -225,8 +227,20 @@ def _plan(vm: VM, snapshot: Snapshot, disks: RevertDisks, state: VMState, keep: 
     need = _need(vm, len(disks.on), keep)
     return Plan(f"{vm.name}: revert to {snapshot.name!r}", tuple(steps), space_needed=need,
                 needs=room.needs([(vm.home.disks_dir, need)]),
-                downtime_estimate_s=2.0 if not state.is_off else 0.0, lost=tuple(lost),
-                point_of_no_return="when the VM runs on the new overlays")  # fmt: skip
+                downtime_estimate_s=2.0 if (state, power) == (VMState.RUNNING, "running") else 0.0, lost=tuple(lost),
+                point_of_no_return="when the definition names the new overlays" if power == "stopped"
+                else "when the VM runs on the new overlays" if power == "running"
+                else "when the VM is loaded on the new overlays")  # fmt: skip
+
+
+def _way(snapshot: Snapshot, state: VMState, power: str, with_memory: bool) -> str:
+    """Say in a line what becomes of the running VM."""
+    if state.is_off and power == "stopped":
+        return "stopped, and stays so"
+    now = f"{state.value} -> stopped (not shut down)" if not state.is_off else state.value
+    if power == "stopped":
+        return f"{now}, and stays so"
+    return f"{now} -> {power} from " + (f"memory of {snapshot.created}" if with_memory else "its disks")
 
 
 def _allocated(path: Path) -> int:

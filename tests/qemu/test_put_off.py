@@ -59,3 +59,18 @@ def test_recorded_delete_says_what_it_will_do_and_how_to_have_that_now(on: Rig) 
     )
     again = on.ok("delete", "--restart", "vm", "one", "-n").out
     assert again.startswith("vm: merge 'one' (deleted before)\n") and "stop the VM" in again
+
+
+def test_revert_plan_says_what_becomes_of_memory_and_of_the_outage(on: Rig) -> None:
+    def plan(*words: str) -> tuple[str, float]:
+        answer = on.ok("revert", "vm", "one", *words, "-n", "--json").json["plan"]
+        return "\n".join(answer["steps"]), answer["downtime_estimate_s"]
+
+    aside = "the memory of 'one' is left aside; it stays in the snapshot"
+    steps, outage = plan("--stopped")
+    assert "paused -> stopped (not shut down), and stays so\n" in steps and aside in steps and outage == 0
+    steps, outage = plan("--cold", "--paused")
+    assert "-> paused from its disks\n" in steps and aside in steps and outage == 0
+    assert aside not in plan()[0] and "from memory of" in plan()[0]
+    on.ok("resume", "vm")
+    assert plan("--start")[1] == 2.0 and plan("--paused")[1] == plan("--stopped")[1] == 0

@@ -63,6 +63,18 @@ def test_revert_brings_both_disks_back_and_undo_the_present(web1: Web1) -> None:
     assert web1.reads(2, "0") and web1.reads(2, "0", "vdb")
 
 
+def test_revert_says_what_goes_back_and_what_is_gone(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    plan = web1.run("revert", "web1", "one", "-n").out
+    assert "  stopped, and stays so\n" in plan and "No way back: when the definition names the new overlays\n" in plan
+    assert "  stopped -> running from its disks\n" in web1.run("revert", "web1", "one", "--start", "-n").out
+    only = web1.run("revert", "web1", "one", "--only", "vda", "-y").out
+    assert only.startswith("vda of web1 is back at 'one', vdb as before; stopped\n")
+    assert "gone (--discard)" in web1.run("revert", "web1", "one", "--discard", "-y").out
+    error = web1.run("revert", "web1", "one", "--keep-memory", "-y", "--json", code=6).json["error"]
+    assert error["kind"] == "MemoryNotSaved"
+
+
 def test_revert_discard_keeps_nothing(web1: Web1) -> None:
     web1.run("create", "web1", "one")
     web1.write(2, "0")
