@@ -70,6 +70,7 @@ class Config:
 
 
 _WORDS = {  # settings that are one of some words
+    "create.memory": ("auto", "always", "never"),
     "merge.io_priority": ("normal", "idle"),
     "merge.on_start": ("interrupt", "wait", "refuse"),
 }
@@ -144,7 +145,9 @@ def _groups(value: Any, file: Path) -> dict[str, tuple[str, ...]]:
 
 def _known(key: str, names: Iterable[str], file: Path, shown: str) -> None:
     if key not in set(names):
-        raise UsageError(f"{file}: there is no setting {shown!r}", hint="docs/configuration.md lists them")
+        raise UsageError(
+            f"{file}: there is no setting {shown!r}", hint="look into docs/configuration.md: it lists them"
+        )
 
 
 def _typed(now: Any, value: Any, file: Path, key: str) -> Any:
@@ -160,4 +163,15 @@ def _typed(now: Any, value: Any, file: Path, key: str) -> Any:
         if value not in _WORDS.get(key, (value,)):
             raise UsageError(f"{file}: {key} is {value!r}", hint=" or ".join(_WORDS[key]))
         return value
-    raise UsageError(f"{file}: {key} has the wrong type")
+    raise UsageError(
+        f"{file}: {key} must be {_wanted(now)}", hint="correct the file; docs/configuration.md lists all settings"
+    )
+
+
+def _wanted(now: Any) -> str:
+    """Say in words what a setting must be, given what it is."""
+    if isinstance(now, bool):
+        return "true or false"
+    if isinstance(now, float):
+        return "a number of seconds, without a unit"
+    return 'a list of paths: ["/srv"]' if isinstance(now, tuple) else "a text in quotes"

@@ -124,7 +124,7 @@ class _File:
 
     def wrong(self, what: str, key: str, table: str = "", index: int = 0) -> BadMachineFile:
         where = f"{self.source}, line {self.line_of(key, table, index)}"
-        return BadMachineFile(f"{where}: {what}", hint="docs/machine-file.md lists every key")
+        return BadMachineFile(f"{where}: {what}", hint="look into docs/machine-file.md: it lists every key")
 
 
 def _text(value: Any) -> str:
@@ -223,7 +223,9 @@ def parse_machine_file(text: str, source: str) -> Machine:
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is no TOMLDecodeError
-        raise BadMachineFile(f"{source} is not valid TOML: {error}", hint="docs/machine-file.md has examples") from None
+        raise BadMachineFile(
+            f"{source} is not valid TOML: {error}", hint="look into docs/machine-file.md: it has examples"
+        ) from None
     disks, nets = data.pop("disk", None), data.pop("net", None)
     values = _checked(file, data, _MACHINE_KEYS)
     for key in ("name", "memory"):

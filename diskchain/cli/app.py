@@ -306,6 +306,8 @@ def explained(app: App, error: Exception) -> tuple[int, str, str, str | None]:
     if isinstance(error, DiskchainError):
         return error.exit_code, error.kind, error.message, error.hint
     if isinstance(error, OSError):
+        if isinstance(error, PermissionError):
+            return 6, "Refused", _of_the_system(error), "run it as root, or as the owner of that file or directory"
         return 1, "OSError", _of_the_system(error), "look at dmesg and at that file, then try again"
     if app.verbose > 1:
         sys.excepthook(type(error), error, error.__traceback__)

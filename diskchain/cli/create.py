@@ -23,8 +23,6 @@ from diskchain.ops.merge import Merged
 from diskchain.ops.quiesce import STILL_FROZEN
 from diskchain.ops.vm import VM, Host, refuse_unfinished
 
-BY_CONFIG = {"auto": "auto", "always": "always", "never": "never"}
-
 
 class CreateCommand(click.Command):
     """`--memory` alone means `--memory=background`; the word after it is never its value."""
@@ -91,9 +89,7 @@ def create(
                          hint="leave --memory away")  # fmt: skip
     host = context.open_host(app, wait)
     settings = host.config.create
-    if settings.memory not in BY_CONFIG:
-        raise UsageError(f"create.memory is {settings.memory!r}", hint="auto, always or never")
-    save = "never" if disk_only else memory or BY_CONFIG[settings.memory]
+    save = "never" if disk_only else memory or settings.memory
     pause = settings.max_pause if max_pause is None else max_pause
     label = "" if name is None else snapshot_name(name)
     request = Request(label, description, save, pause, tuple(dict.fromkeys(skip)), quiesce, register,

@@ -36,6 +36,14 @@ from diskchain.ops.vm import VM, Host
 when_stopped_option = click.option(
     "--when-stopped", is_flag=True, help="Only record it; it is merged at the next stop."
 )
+
+
+def _refuse_live(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.fail("merging while the VM runs is not there yet; --restart merges now, with a short stop")
+
+
+live_option = click.option("--live", is_flag=True, hidden=True, expose_value=False, callback=_refuse_live)
 restart_option = click.option("--restart", is_flag=True, help="Stop the VM by its power button, merge, start it again.")
 
 
@@ -72,6 +80,7 @@ class Asked:
               help="Write what is merged into new files there, and switch to them: where there is no room.")  # fmt: skip
 @when_stopped_option
 @restart_option
+@live_option
 @rate_option
 @yes_option
 @jobs_option
@@ -93,10 +102,13 @@ def delete(
     dry_run: bool,
 ) -> None:
     """Delete snapshots. Their layers are merged; what the VM sees, and every other snapshot, stays as it is."""
-    if bool(names) == (older_than is not None):
-        raise UsageError("name the snapshots, or say --older-than", hint="diskchain delete --help")
+    if names and older_than is not None:
+        raise UsageError("snapshots were named, and --older-than was said", hint="leave one of them out")
+    if not names and older_than is None:
+        raise UsageError("which snapshots?", hint=f"name them, or say --older-than; diskchain list {vm} shows them")
     if when_stopped and (restart or copy or to or rate):
-        raise UsageError("--when-stopped only records; it goes with none of --restart, --copy, --to, --rate")
+        raise UsageError("--when-stopped only records; it goes with none of --restart, --copy, --to, --rate",
+                         hint="diskchain delete --help")  # fmt: skip
     if copy and to:
         raise UsageError("--copy and --to contradict each other", hint="give one of them")
     if to and rate:
@@ -129,6 +141,7 @@ def _find(catalog: Catalog, name: str, restart: bool) -> str:
 @click.option("--drop-branches", is_flag=True, help="Snapshots that are not in the line of the present go too.")
 @when_stopped_option
 @restart_option
+@live_option
 @rate_option
 @yes_option
 @jobs_option
@@ -147,7 +160,8 @@ def accept(
 ) -> None:
     """Keep the present, delete every snapshot of its line: all layers are folded in one pass."""
     if when_stopped and (restart or rate):
-        raise UsageError("--when-stopped only records; it goes with neither --restart nor --rate")
+        raise UsageError("--when-stopped only records; it goes with neither --restart nor --rate",
+                         hint="diskchain accept --help")  # fmt: skip
 
     def pick(catalog: Catalog, done: Collection[str]) -> list[str]:
         return line_to_accept(catalog, drop_branches=drop_branches)

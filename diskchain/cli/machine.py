@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from diskchain.chain.machine import TARGET, parse_size
+from diskchain.chain.model import vm_name
 from diskchain.chain.plan import Plan
 from diskchain.chain.text import size
 from diskchain.cli import context, render
@@ -157,7 +158,7 @@ def import_(name: str, disks: tuple[Wanted, ...], memory: int, cpus: int, firmwa
             wait: float | None, dry_run: bool) -> None:  # fmt: skip
     """Write a machine file around images that are there, and define the machine. The images stay as they are."""
     app = context.current()
-    request = import_disks.Request(plain(name), disks, memory, cpus, firmware, file)
+    request = import_disks.Request(vm_name(name.removeprefix("qemu:")), disks, memory, cpus, firmware, file)
     context.run_async(_import(app, context.open_host(app, wait), request, dry_run))
 
 

@@ -77,7 +77,8 @@ def _of_group(config: Config, names: list[str], group: str) -> list[str]:
     members = config.groups.get(group[1:])
     if members is None:
         known = ", ".join(f"@{name}" for name in config.groups)
-        raise NotFound(f"there is no group {group!r}", hint=known or "the configuration names groups: [groups]")
+        none = "" if known else "; the configuration has no [groups]"
+        raise NotFound(f"there is no group {group!r}{none}", hint=known or "diskchain machine list")
     found: list[str] = []
     for member in (member.removeprefix("qemu:") for member in members):
         found += [name for name in names if fnmatchcase(name, member)] if _is_pattern(member) else [member]

@@ -31,7 +31,7 @@ from diskchain.host import files, locks, qemu_img
 from diskchain.ops import check_domain, check_states, drift, layers, leftovers, moved
 from diskchain.ops.approve import checked_header, differing, fingerprint
 from diskchain.ops.looked import Look, look
-from diskchain.ops.vm import Host, definition_at
+from diskchain.ops.vm import Host, definition_at, naming
 from diskchain.store import catalog as catalog_store
 from diskchain.store import memory_file
 from diskchain.store.catalog import Home
@@ -125,11 +125,11 @@ def _layer(host: Host, seen: Look, catalog: Catalog, image: Image) -> Iterator[F
     try:
         header, status = _opened(image)
     except DiskchainError as problem:
-        yield _unusable(where, image, problem)
+        yield _unusable(catalog.name, where, image, problem)
         if isinstance(problem, NotFound):
             yield from _alike(host, catalog, image, where)
         return
-    then = "; then: diskchain check --repair" if image.fingerprint else ""
+    then = f"; then: diskchain check --repair {catalog.name}" if image.fingerprint else ""
     if header is not None and header.snapshots:
         yield info("internal-snapshots", where, f"internal snapshots in it: {header.snapshots}; they stay, and keep it from "
                    "being merged", f"qemu-img snapshot -l '{image.path}'; let them go with -d, the VM off{then}")  # fmt: skip
@@ -144,7 +144,7 @@ def _layer(host: Host, seen: Look, catalog: Catalog, image: Image) -> Iterator[F
         yield info("layer-dirty", where, "it was not closed; QEMU repairs its counters at the next start")
     if not moving:
         yield from _against_catalog(catalog, image, header, where)
-        yield from _frozen(image, where)
+        yield from _frozen(catalog, image, where)
 
 
 def _opened(image: Image) -> tuple[Header | None, os.stat_result]:
@@ -156,15 +156,16 @@ def _opened(image: Image) -> tuple[Header | None, os.stat_result]:
         os.close(opened.fd)
 
 
-def _unusable(where: str, image: Image, problem: DiskchainError) -> Finding:
+def _unusable(name: str, where: str, image: Image, problem: DiskchainError) -> Finding:
     if isinstance(problem, NotFound):
         return error("layer-missing", where, "the file is not there; every state above it needs it",
-                     f"bring {image.path.name} back to {image.path.parent}; if it was moved: diskchain check --repair")  # fmt: skip
+                     f"bring {image.path.name} back to {image.path.parent}; if it was moved: "
+                     f"diskchain check --repair {name}")  # fmt: skip
     codes: dict[type[DiskchainError], str] = {
         HostileImage: "layer-hostile", UnsupportedDisk: "layer-unsupported", Refused: "layer-unreadable",
     }  # fmt: skip
     return error(codes.get(type(problem), "layer-damaged"), where, problem.message,
-                 problem.hint or "bring the right file back")  # fmt: skip
+                 naming(problem, name).hint or "bring the right file back")  # fmt: skip
 
 
 def _alike(host: Host, catalog: Catalog, image: Image, where: str) -> Iterator[Finding]:
@@ -199,13 +200,13 @@ def _leads_to(image: Image, header: Header, below: Image) -> bool:
     return False
 
 
-def _frozen(image: Image, where: str) -> Iterator[Finding]:
+def _frozen(catalog: Catalog, image: Image, where: str) -> Iterator[Finding]:
     if image.fingerprint is None:
         return
     try:
         now = fingerprint(image.path, image.fmt)
     except DiskchainError as problem:
-        yield _unusable(where, image, problem)
+        yield _unusable(catalog.name, where, image, problem)
         return
     changed = differing(image.fingerprint, now)
     if changed:

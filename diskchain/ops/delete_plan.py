@@ -221,7 +221,7 @@ def _refuse_what_is_lost(images: Sequence[Image], *, by: str = "a merge", bitmap
             what = "persistent dirty bitmaps" if has_bitmaps else "internal snapshots"
             raise UnsupportedDisk(f"{image.path} holds {what}; {by} would lose them",
                                   hint="qemu-img bitmap --remove / qemu-img snapshot -d, if nobody needs them; "
-                                       "then: diskchain check --repair")  # fmt: skip
+                                       "then: diskchain check --repair VM")  # fmt: skip
 
 
 def _refuse_short_layers(pull: Pull) -> None:

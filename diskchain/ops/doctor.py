@@ -44,9 +44,16 @@ async def doctor(host: Host) -> list[Finding]:
     found += list(_directories(host.config))
     found += [f async for f in _systemd()]
     found += list(doctor_libvirt.find(host))
-    found += list(_volumes(host))
-    found += list(orphans.find(host))
+    found += _allowed(_volumes(host))
+    found += _allowed(orphans.find(host))
     return [*found, *_security()]
+
+
+def _allowed(found: Iterator[Finding]) -> list[Finding]:
+    """Return what can be found out without the right to read the state directory, of which is told already."""
+    with contextlib.suppress(PermissionError):
+        return list(found)
+    return []
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------
@@ -186,6 +193,14 @@ def _directories(config: Config) -> Iterator[Finding]:
 
 
 def _directory(what: str, path: Path) -> Iterator[Finding]:
+    try:
+        yield from _as_it_is(what, path)
+    except PermissionError as refused:
+        yield error("directory-not-writable", f"{what} {path}", f"{refused.filename} can't be looked at by us",
+                    f"run as its owner or as root, or name another {what} in the configuration")  # fmt: skip
+
+
+def _as_it_is(what: str, path: Path) -> Iterator[Finding]:
     there = path
     while not there.exists() and there != there.parent:
         there = there.parent

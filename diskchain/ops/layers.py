@@ -43,9 +43,7 @@ def verify_chain(catalog: Catalog, top: str) -> None:
 
 
 def _missing_hint(image: Image) -> str:
-    return (
-        f"bring {image.path.name} back to {image.path.parent}, or let diskchain look for it: diskchain check --repair"
-    )
+    return f"bring {image.path.name} back to {image.path.parent}, or let diskchain look for it: diskchain check --repair VM"
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -73,7 +71,7 @@ def changed_hint(image: Image) -> str:
     """Return what to do about a frozen image that is not as it was."""
     hint = "something wrote to it or put another file in its place; bring the right file back"
     if "map" in (image.fingerprint or {}):
-        hint += "; if it was only its bitmaps or internal snapshots that were removed: diskchain check --repair"
+        hint += "; if it was only its bitmaps or internal snapshots that were removed: diskchain check --repair VM"
     return hint
 
 

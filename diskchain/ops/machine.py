@@ -124,9 +124,11 @@ def parse(file: Path) -> Machine:
         with open(files.open_untrusted(_real(file)), encoding="utf-8") as opened:
             text = opened.read()
     except NotFound:
-        raise NotFound(f"{file} does not exist", hint="docs/machine-file.md shows one") from None
+        raise NotFound(f"{file} does not exist", hint="write one like those in docs/machine-file.md") from None
     except (DiskchainError, OSError, UnicodeDecodeError) as error:
-        raise BadMachineFile(f"{file} can't be read: {error}", hint="docs/machine-file.md shows one") from None
+        raise BadMachineFile(
+            f"{file} can't be read: {error}", hint="write one like those in docs/machine-file.md"
+        ) from None
     return parse_machine_file(text, str(file))
 
 

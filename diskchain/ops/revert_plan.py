@@ -63,7 +63,7 @@ def undo_target(vm: VM) -> str:
     left = vm.catalog.left
     if left is None or left not in vm.catalog.snapshots or vm.catalog.snapshots[left].deleted:
         raise NotFound(f"there is nothing to undo on {vm.name}",
-                       hint="only a revert that kept the present can be undone; see: diskchain list")  # fmt: skip
+                       hint=f"only a revert that kept the present can be undone; see: diskchain list {vm.name}")  # fmt: skip
     return vm.catalog.snapshots[left].name
 
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from diskchain.chain.model import Catalog, vm_name
 from diskchain.cluster.detect import refuse_managed
@@ -15,7 +16,7 @@ from diskchain.config import Config
 from diskchain.drivers.domains import Domains
 from diskchain.drivers.machines import Machines, Registered
 from diskchain.drivers.protocol import Definition, Driver
-from diskchain.errors import Busy, ChainDamaged, DiskchainError, HostileImage, NotFound, Unfinished
+from diskchain.errors import Busy, ChainDamaged, DiskchainError, HostileImage, NotFound, Unfinished, UnsupportedDisk
 from diskchain.host import files, locks
 from diskchain.host.locks import vm_lock
 from diskchain.ops.adopt import catalog_of, refreshed
@@ -29,6 +30,7 @@ from diskchain.store import journal
 from diskchain.store.catalog import Home
 
 log = logging.getLogger(__name__)
+E = TypeVar("E", bound=Exception)
 
 
 class VM:
@@ -164,11 +166,12 @@ class Host:
         seen = vm.catalog
         try:
             yield vm
-        except (NotFound, ChainDamaged, HostileImage, FileNotFoundError) as error:
+        except (NotFound, ChainDamaged, HostileImage, UnsupportedDisk, FileNotFoundError) as error:
             if vm.known and _is_changing(vm.home, seen):
                 raise Busy(
                     f"another command changed {vm.name} while this one looked at it", hint="try again"
                 ) from error
+            naming(error, vm.name)
             raise
         finally:
             await vm.driver.close()
@@ -295,10 +298,18 @@ def _honest(vm: VM, error: DiskchainError | OSError, before: Mapping[str, bytes]
     known = error
     if not isinstance(known, DiskchainError):
         known = DiskchainError(f"the system said: {error}", hint="look at dmesg and the filesystem, then try again")
+    naming(known, vm.name)
     now = journal.contents(vm.home)
     if not now or isinstance(known, Unfinished) or (now == before and known.exit_code not in (1, 7, 9)):
         return known
     return Unfinished(f"{known.message}; stopped half-way", hint=f"diskchain recover {vm.name}")
+
+
+def naming(error: E, vm: str) -> E:
+    """Given an error from where only images are known, let its hint name the VM; return it."""
+    if isinstance(error, DiskchainError) and error.hint:
+        error.hint = error.hint.replace("check --repair VM", f"check --repair {vm}")
+    return error
 
 
 def plain(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -192,3 +193,63 @@ def complete(line: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     words = line.split(" ")
     found = BashComplete(root, {}, "diskchain", "_X").get_completions(words[:-1], words[-1])
     return [item.value for item in found]
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_words_are_told_apart_with_what_to_do(web1: Web1) -> None:
+    def error(*words: str, code: int) -> str:
+        found = web1.run(*words, "--json", code=code).json["error"]
+        return f"{found['kind']}: {found['message']} / {found['hint']}"
+
+    assert error("machine", "import", "bad name", "--disk", "x.qcow2", code=2).startswith("BadName: ")
+    web1.run("create", "web1", "one")
+    assert "leave one of them out" in error("delete", "web1", "one", "--older-than", "1d", code=2)
+    assert "diskchain list web1" in error("delete", "web1", code=2)
+    assert error("delete", "web1", "one", "--when-stopped", "--restart", code=2).endswith("/ diskchain delete --help")
+    assert error("accept", "web1", "--when-stopped", "--restart", code=2).endswith("/ diskchain accept --help")
+    for words in (["delete", "web1", "one"], ["accept", "web1"]):
+        assert "--restart merges now" in error(*words, "--live", code=2)
+    assert error("undo", "web1", "-y", code=4).endswith("see: diskchain list web1")
+    assert error("create", "@nope", code=4) == (
+        "NotFound: there is no group '@nope'; the configuration has no [groups] / diskchain machine list"
+    )
+
+
+def test_repair_is_offered_with_the_name_of_the_vm(web1: Web1) -> None:
+    web1.run("create", "web1", "one")
+    (web1.directory / "web1.qcow2").rename(web1.directory / "away")
+    for words in (["start"], ["create"], ["check"]):
+        answer = web1.run(words[0], "web1", "--json", code=None).out
+        assert "check --repair web1" in answer and "--repair VM" not in answer
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('wait = "10s"', "wait must be a number of seconds"), ("state_dir = 1", "state_dir must be a text in quotes"),
+    ("[create]\nhuge_pages = 1", "create.huge_pages must be true or false"), ('[create]\nmemory = "x"', "auto or always or never"),
+    ('image_roots = "/srv"', "must be a list of paths"),
+])  # fmt: skip
+def test_configuration_says_what_a_setting_must_be_whatever_the_command(
+    run: Run, tmp_path: Path, text: str, said: str
+) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    assert said in run("--config", str(tmp_path / "c.toml"), "list", code=2).err
+
+
+def test_no_right_to_the_state_directory_is_told_in_words(
+    web1: Web1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bool:
+        if self.is_relative_to(tmp_path / "state"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self)
+
+    real = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    for words in (["list"], ["machine", "list"]):
+        answer = web1.run(*words, code=6).err
+        assert "state/machines: Permission denied\n" in answer and "dmesg" not in answer
+    findings = web1.run("doctor", "--json", code=11).json["findings"]
+    (found,) = [f for f in findings if f["code"] == "directory-not-writable"]
+    assert found["subject"] == f"state_dir {tmp_path / 'state'}"
