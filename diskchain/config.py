@@ -37,6 +37,13 @@ class StopSettings:
 
 
 @dataclass(frozen=True)
+class DeleteSettings:
+    """[delete]"""
+
+    when: str = "stopped"  # stopped | restart: what delete and accept do on a VM that is on, where nothing is said
+
+
+@dataclass(frozen=True)
 class MergeSettings:
     """[merge]"""
 
@@ -58,6 +65,7 @@ class Config:
     create: CreateSettings = field(default_factory=CreateSettings)
     revert: RevertSettings = field(default_factory=RevertSettings)
     stop: StopSettings = field(default_factory=StopSettings)
+    delete: DeleteSettings = field(default_factory=DeleteSettings)
     merge: MergeSettings = field(default_factory=MergeSettings)
     libvirt: LibvirtSettings = field(default_factory=LibvirtSettings)
     state_dir: Path = Path("/var/lib/diskchain")  # definitions of the machines that diskchain runs
@@ -71,6 +79,7 @@ class Config:
 
 _WORDS = {  # settings that are one of some words
     "create.memory": ("auto", "always", "never"),
+    "delete.when": ("stopped", "restart"),
     "merge.io_priority": ("normal", "idle"),
     "merge.on_start": ("interrupt", "wait", "refuse"),
 }
@@ -120,7 +129,9 @@ def _merged(config: Config, data: Mapping[str, Any], file: Path) -> Config:
     for key, value in data.items():
         _known(key, (f.name for f in fields(config)), file, key)
         now = getattr(config, key)
-        if isinstance(now, (CreateSettings, RevertSettings, StopSettings, MergeSettings, LibvirtSettings)):
+        if isinstance(
+            now, (CreateSettings, RevertSettings, StopSettings, DeleteSettings, MergeSettings, LibvirtSettings)
+        ):
             if not isinstance(value, dict):
                 raise UsageError(f"{file}: {key} is a table: [{key}]")
             for name, item in value.items():

@@ -82,6 +82,7 @@ class Snapshot:
     merge_begun: bool = False  # some of that merge was done: its frozen images are no state of their own any more
     creating: bool = False  # create has not come past its point of no return
     by: str = ""
+    expires: str = ""  # until when it is of use (--expires): warned of afterwards, never deleted for it
     pause_ms: float | None = None
     partial: tuple[str, ...] = ()
     quiesced: bool = False  # its file systems were frozen at that moment, all of them, until we thawed them

@@ -6,6 +6,7 @@ A code is one stable word for scripts; subject says what it is about, evidence w
 from __future__ import annotations
 
 import enum
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,13 @@ def old_snapshots(vm: str, ages: Sequence[tuple[str, float]]) -> Iterator[Findin
         more = f" and {len(old) - 3} more" if len(old) > 3 else ""
         yield warning("old-snapshots", vm, f"{len(old)} snapshot{'' if len(old) == 1 else 's'} older than "
                       f"{OLD_AFTER_DAYS}d: {', '.join(old[:3])}{more}", f"diskchain delete {vm} {old[0]}")  # fmt: skip
+
+
+def expired_snapshots(vm: str, names: Sequence[str]) -> Iterator[Finding]:
+    """Snapshots that were to be kept only until a day that is past. Nobody but an admin deletes them."""
+    if names:
+        yield warning("expired-snapshots", vm, f"expired: {', '.join(names)}",
+                      f"diskchain delete {vm} {' '.join(map(shlex.quote, names))}")  # fmt: skip
 
 
 def full_volume(subject: str, path: Path, free: int, total: int) -> Iterator[Finding]:

@@ -63,3 +63,8 @@ def name_with(before: str, name: str, after: str) -> str:
 
 def _length(text: str) -> int:
     return len(text.encode("utf-8", "surrogateescape"))
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: `1 CPU`, `2 CPUs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -58,6 +58,7 @@ class CreateCommand(click.Command):
 @click.option("--quiesce", is_flag=True, help="Let the guest agent freeze the file systems; refused without an agent.")
 @click.option("--register", is_flag=True, help="List it in virsh snapshot-list too, where virsh could destroy it.")
 @click.option("--max-pause", type=Duration(), metavar="TIME", help="Warn of a longer pause (default 500ms).")
+@click.option("--expires", type=Duration(), metavar="TIME", help="Warn when it is older than TIME, like 14d.")
 @click.option("--overlay-dir", type=click.Path(path_type=Path), metavar="DIR",
               help="Make the new layers there, not beside the images.")  # fmt: skip
 @click.option("--no-merge", is_flag=True, help="Leave pending merges of a VM that is off for later.")
@@ -74,6 +75,7 @@ def create(
     quiesce: bool,
     register: bool,
     max_pause: float | None,
+    expires: float | None,
     overlay_dir: Path | None,
     no_merge: bool,
     jobs: int,
@@ -92,7 +94,7 @@ def create(
     save = "never" if disk_only else memory or settings.memory
     pause = settings.max_pause if max_pause is None else max_pause
     label = "" if name is None else snapshot_name(name)
-    request = Request(label, description, save, pause, tuple(dict.fromkeys(skip)), quiesce, register,
+    request = Request(label, description, save, pause, tuple(dict.fromkeys(skip)), quiesce, register, expires,
                       overlay_dir and overlay_dir.absolute())  # fmt: skip
     work = _plan if dry_run else _create
     many.on_each(app, host, vm, lambda app, name: work(app, host, name, request, not no_merge), jobs=jobs)

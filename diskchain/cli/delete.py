@@ -172,6 +172,8 @@ def accept(
 def _on_each(vm: str, asked: Asked, jobs: int, wait: float | None) -> None:
     app = context.current()
     host = context.open_host(app, wait)
+    if host.config.delete.when == "restart" and not (asked.when_stopped or asked.copy or asked.to):
+        asked = replace(asked, restart=True)
     asks = not (asked.yes or asked.dry_run)
     many.on_each(app, host, vm, lambda app, name: _delete(app, host, name, asked), jobs=jobs, asks=asks)
 
@@ -190,6 +192,8 @@ async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
                 _tell_nothing(app, vm, asked, done)
                 return
             deletions = _chosen(vm, asked, plan_all(vm.catalog, ids, data=not later, copy=asked.copy))
+            if not any(d.moves_data for d in deletions):
+                asked = replace(asked, restart=False)  # nothing that the VM would have to be off for
             plan = _with_power(vm, _plan(vm, asked, deletions), deletions, is_on, asked)
             planned(plan)
             if is_on and asked.restart:

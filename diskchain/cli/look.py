@@ -118,7 +118,8 @@ def _shown_lines(shown: Shown) -> list[str]:
         ("description", snapshot.description or "-"), ("parent", view.parent or "-"), ("state", snapshot.state),
         ("consistency", snapshot.consistency), ("skipped", ", ".join(snapshot.partial) or "-"), ("the VM was", snapshot.was),
         ("paused", "-" if snapshot.pause_ms is None else f"{snapshot.pause_ms:.0f} ms"),
-        ("protected", "yes" if snapshot.protected else "no"), ("captured", ", ".join(captured(snapshot))),
+        ("protected", "yes" if snapshot.protected else "no"),
+        ("expires", snapshot.expires or "-"), ("captured", ", ".join(captured(snapshot))),
         ("memory", snapshot.memory.status), *_memory(shown),
     ]  # fmt: skip
     lines = [f"{label + ':':<14} {text}" for label, text in fields]

@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from diskchain.chain.model import Catalog, Image, Snapshot
 from diskchain.chain.qcow2 import Header
-from diskchain.chain.rules import Finding, deep_chains, detached, error, info, warning
+from diskchain.chain.rules import Finding, deep_chains, detached, error, expired_snapshots, info, warning
 from diskchain.chain.text import size
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import (
@@ -30,6 +31,7 @@ from diskchain.errors import (
 from diskchain.host import files, locks, qemu_img
 from diskchain.ops import check_domain, check_states, drift, layers, leftovers, moved
 from diskchain.ops.approve import checked_header, differing, fingerprint
+from diskchain.ops.look import expired
 from diskchain.ops.looked import Look, look
 from diskchain.ops.vm import Host, definition_at, naming
 from diskchain.store import catalog as catalog_store
@@ -56,6 +58,7 @@ async def check(host: Host, name: str, *, deep: bool = False) -> list[Finding]:
     if seen.catalog is not None and seen.domain and not seen.busy and not seen.in_flight:
         found += await check_domain.find(host, seen, seen.domain, seen.catalog)
     if seen.catalog is not None:
+        found += expired_snapshots(seen.name, expired(seen.catalog, time.time()))
         home = seen.home or NO_RECORDS
         found += await asyncio.to_thread(_files, host, seen, seen.catalog, home, deep)
         if deep and seen.state is VMState.STOPPED and not seen.busy:
@@ -211,7 +214,7 @@ def _frozen(catalog: Catalog, image: Image, where: str) -> Iterator[Finding]:
     changed = differing(image.fingerprint, now)
     if changed:
         yield error("layer-changed", where, f"it was changed since it was frozen ({', '.join(changed)} differ)",
-                    layers.changed_hint(image))  # fmt: skip
+                    layers.changed_hint(image).replace("--repair VM", f"--repair {catalog.name}"))  # fmt: skip
 
 
 def _active(seen: Look, catalog: Catalog) -> Iterator[Finding]:

@@ -62,6 +62,7 @@ class Request:
     skip: tuple[str, ...] = ()  # targets that the snapshot does not cover; it has no memory then
     quiesce: bool = False
     register: bool = False  # libvirt is to list it too
+    expires: float | None = None  # seconds until it is warned of
     overlay_dir: Path | None = None  # where the new layers are made; else beside what they stand on
 
 
@@ -120,6 +121,7 @@ async def prepare(vm: VM, request: Request) -> Prepared:
         memory=Memory("none" if save == "never" else "saving"), partial=request.skip,
         frozen=quiesce or vm.catalog.asleep, unquiesced="interrupted" if quiesce else "",
         registered=request.register or vm.lists_snapshots,
+        expires="" if request.expires is None else now_utc(request.expires),
     )  # fmt: skip
     copied = [state_files.label(one.name) for one in state_files.present(vm, definition)]
     plan = _plan(vm, snapshot, overlays, state, save, quiesce, copied)

@@ -11,6 +11,6 @@ def new_id() -> str:
     return secrets.token_hex(6)
 
 
-def now_utc() -> str:
-    """Return the time as ISO 8601 UTC, for display only; nothing is decided by a clock."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def now_utc(later: float = 0.0) -> str:
+    """Return the time, or that in so many seconds, as ISO 8601 UTC, for display only; nothing is decided by a clock."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + later))

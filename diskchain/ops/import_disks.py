@@ -23,7 +23,7 @@ from diskchain.chain.machine import DiskSpec, Machine, parse_machine_file
 from diskchain.chain.model import MiB, vm_name
 from diskchain.chain.plan import Plan
 from diskchain.chain.qcow2 import ApprovedImage
-from diskchain.chain.text import printable, size
+from diskchain.chain.text import counted, printable, size
 from diskchain.errors import BadMachineFile, Busy, DiskchainError, NotFound, Refused, UnsupportedDisk, UsageError
 from diskchain.host import files, locks
 from diskchain.host.as_user import name_of
@@ -109,7 +109,7 @@ def plan(prepared: Prepared) -> Plan:
     """Return what the import would do."""
     machine = prepared.machine
     steps = [f"write {prepared.file}"]
-    steps += [f"define {machine.name} with {size(machine.memory)} of memory and {machine.cpus} CPUs"]
+    steps += [f"define {machine.name} with {size(machine.memory)} of memory and {counted(machine.cpus, 'CPU')}"]
     for disk in machine.disks:
         chain = prepared.chains[disk.target]
         below = "".join(f" on {image.path}" for image in chain[1:])

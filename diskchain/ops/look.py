@@ -13,7 +13,7 @@ from typing import Any
 from diskchain.chain.allocation import hidden_bytes
 from diskchain.chain.model import Catalog, Image, Snapshot
 from diskchain.chain.plan import Plan
-from diskchain.chain.text import size
+from diskchain.chain.text import counted, size
 from diskchain.config import load_config
 from diskchain.drivers import domain_xml
 from diskchain.drivers.domains import choose_uri
@@ -134,6 +134,7 @@ def view(catalog: Catalog, home: Home, snapshot: Snapshot, now: float) -> Snapsh
     memory = snapshot.memory.bytes if snapshot.memory.saved else 0
     old = age(snapshot.created, now)
     warnings = [f"older than {OLD_AFTER_DAYS}d"] if old is not None and old > OLD_AFTER_DAYS * 86400 else []
+    warnings += ["expired"] if _is_past(snapshot.expires, now) else []
     if disk_bytes is None:
         warnings.insert(0, "a layer is missing")
     if memory and not home.memory(snapshot.id).exists():
@@ -215,6 +216,15 @@ def age(created: str, now: float) -> float | None:
         return None
 
 
+def _is_past(moment: str, now: float) -> bool:
+    return bool(moment) and (age(moment, now) or 0.0) > 0
+
+
+def expired(catalog: Catalog, now: float) -> list[str]:
+    """Return the snapshots that were to be kept until a moment that is past (create --expires)."""
+    return [s.name for s in catalog.visible() if _is_past(s.expires, now)]
+
+
 # -- as JSON -----------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +239,7 @@ def snapshot_json(seen: SnapshotView) -> dict[str, Any]:
         "memory": {"status": memory.status, "bytes": memory.bytes, "sha256": memory.sha256 or None,
                    "seconds": memory.seconds, "reason": memory.reason or None},
         "captured": captured(s), "pause_ms": s.pause_ms,
-        "was": s.was, "by": s.by, "protected": s.protected, "automatic": s.automatic,
+        "was": s.was, "by": s.by, "protected": s.protected, "expires": s.expires or None, "automatic": s.automatic,
         "current": seen.current, "keeps": seen.keeps, "frees": seen.frees,
         "age_seconds": None if seen.age_seconds is None else int(seen.age_seconds), "warnings": seen.warnings,
     }  # fmt: skip
@@ -359,7 +369,7 @@ def _disk(spec: dict[str, Any], catalog: Catalog | None) -> dict[str, Any]:
 def plan_define(file: Path) -> Plan:
     """Return what `machine define` would define, read from the file alone. Raise NotFound, BadMachineFile."""
     machine = parse(file)
-    steps = [f"define it with {size(machine.memory)} of memory and {machine.cpus} CPUs"]
+    steps = [f"define it with {size(machine.memory)} of memory and {counted(machine.cpus, 'CPU')}"]
     steps += [f"firmware: {machine.firmware}"] if machine.firmware != "bios" else []
     steps += ["a TPM (swtpm)"] if machine.tpm else []
     steps += [f"{disk.target}: {file.parent / disk.image}" for disk in machine.disks]

@@ -14,6 +14,7 @@ from diskchain.chain.rules import (
     Finding,
     deep_chains,
     error,
+    expired_snapshots,
     full_volume,
     info,
     memory_fits,
@@ -24,7 +25,7 @@ from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError
 from diskchain.host import files
 from diskchain.ops import drift, roles
-from diskchain.ops.look import age
+from diskchain.ops.look import age, expired
 from diskchain.ops.looked import Look, look
 from diskchain.ops.save_memory import space_for
 from diskchain.ops.vm import Host
@@ -88,6 +89,7 @@ def _of_catalog(seen: Look, catalog: Catalog, found: list[Finding]) -> Status:
     if seen.domain and not seen.in_flight:
         found += drift.of_domain(seen.domain, catalog, known=seen.home is not None)
     found += old_snapshots(seen.name, ages)
+    found += expired_snapshots(seen.name, expired(catalog, now))
     found += deep_chains(seen.name, depth)
     if seen.state is VMState.CRITICAL:
         found.append(stopped_itself(seen.name, seen.failed, _places(catalog, volumes)))

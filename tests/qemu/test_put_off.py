@@ -74,3 +74,22 @@ def test_revert_plan_says_what_becomes_of_memory_and_of_the_outage(on: Rig) -> N
     assert aside not in plan()[0] and "from memory of" in plan()[0]
     on.ok("resume", "vm")
     assert plan("--start")[1] == 2.0 and plan("--paused")[1] == plan("--stopped")[1] == 0
+
+
+def test_delete_when_in_the_configuration_is_what_no_option_says(on: Rig) -> None:
+    """A restart needs a guest that heeds its power button; the plan tells as well."""
+    on.configure('[delete]\nwhen = "restart"\n')
+    try:
+        assert "stop the VM by its power button" in on.ok("delete", "vm", "one", "-n").out
+        assert "stop the VM by its power button" in on.ok("accept", "vm", "-n").out
+        assert "'one': recorded" in on.ok("delete", "vm", "one", "--when-stopped", "-n").out
+    finally:
+        on.configure("")
+
+
+def test_restart_leaves_the_vm_on_when_nothing_is_merged(on: Rig) -> None:
+    on.ok("revert", "vm", "one", "--keep-as", "leaf", "-y")
+    pid = on.pid()
+    assert "stop the VM" not in on.ok("delete", "vm", "leaf", "--restart", "-n").out
+    body = on.ok("delete", "vm", "leaf", "--restart", "-y", "--json").json
+    assert body["deleted"] == ["leaf"] and not body["restarted"] and on.pid() == pid

@@ -409,3 +409,21 @@ def test_doctor_names_directories_that_others_can_write_to(web1: Web1, monkeypat
     monkeypatch.setenv("DISKCHAIN_RUN_DIR", "/run/" + "long" * 30)
     found = {f["code"]: f["severity"] for f in web1.run("doctor", "--json", code=11).json["findings"]}
     assert found["directory-open"] == "warning" and found["run-dir-too-long"] == "error"
+
+
+def test_expired_snapshots_are_warned_of_and_stay(web1: Web1) -> None:
+    web1.run("create", "web1", "soon", "--expires", "14d")
+    made = web1.run("create", "web1", "it's over", "--expires", "0s", "--json").json["snapshot"]
+    assert made["expires"] >= made["created"]
+    change_catalog(web1, lambda b: b["snapshots"][made["id"]].update(expires="2020-01-01T00:00:00Z"))
+    for command in ("status", "check"):
+        (found,) = web1.run(command, "web1", "--json", code=10).json[{"status": "vms", "check": "findings"}[command]]
+        (found,) = found.get("findings", [found])
+        assert (found["code"], found["evidence"]) == ("expired-snapshots", "expired: it's over")
+        assert found["remedy"] == """diskchain delete web1 'it'"'"'s over'"""
+    warned = {s["name"]: s["warnings"] for s in web1.run("list", "web1", "--json").json["snapshots"]}
+    assert warned == {"soon": [], "it's over": ["expired"]}
+    assert "! expired" in web1.run("list", "web1").out
+    assert "expires:       2020-01-01T00:00:00Z" in web1.run("show", "web1", "it's over").out
+    web1.run("delete", "web1", "it's over", "-y")
+    web1.run("status", code=0)

@@ -244,7 +244,9 @@ def test_machine_file_is_never_overwritten_and_goes_when_define_refuses(
     run("machine", "import", "web1", "--disk", f"{chain}/top.qcow2", "--file", str(other))
     qemu_img("create", "-q", "-f", "qcow2", str(chain / "x.qcow2"), "8M")
     assert "a machine web1 already" in refused(run, chain, "web1", "--disk", f"{chain}/x.qcow2", code=6)
-    assert "part of the chain of the machine web1" in refused(run, chain, "web2", "--disk", f"{chain}/top.qcow2", code=6)
+    assert "part of the chain of the machine web1" in refused(
+        run, chain, "web2", "--disk", f"{chain}/top.qcow2", code=6
+    )
     assert file.read_text() == "mine"
 
 
