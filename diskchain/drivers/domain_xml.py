@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +158,20 @@ def _set_source(element: ET.Element, path: Path, fmt: str) -> None:
         driver = ET.Element("driver", {"name": "qemu"})
         element.insert(0, driver)
     driver.set("type", fmt)
+
+
+def with_disks_of(text: str, other: str, targets: Collection[str]) -> str:
+    """Return the XML with these disks of another one too, where it has none of that name; libvirt finds a place for them."""
+    root = parse(text)
+    there, devices = [_target(element) for element in _disk_elements(root)], root.find("devices")
+    missing = [e for e in _disk_elements(parse(other)) if _target(e) in targets and _target(e) not in there]
+    if devices is None or not missing:
+        return text
+    for element in missing:
+        for stale in [*element.findall("address"), *element.findall("alias")]:
+            element.remove(stale)
+        devices.append(element)
+    return _text(root)
 
 
 def with_name(text: str, name: str) -> str:

@@ -194,9 +194,14 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
         fresh = domain_xml.with_genid(str(text["persistent"]), str(uuid4()))
         return _definition(persistent=fresh, live=text["live"])
 
-    def disks(self, definition: Definition) -> list[str]:
-        """The targets of the disks that can be written."""
-        return list(suitable(resolved(self._connection, _persistent(definition)))[0])
+    def disks(self, definition: Definition) -> dict[str, Path]:
+        """Those that can be written, of the live definition where there is one."""
+        return _files(resolved(self._connection, _live(definition)))
+
+    def without_memory(self, definition: Definition, attached: Collection[str]) -> Definition:
+        """`virsh attach-disk --live` is in no definition of the next start."""
+        persistent = _persistent(definition)
+        return _definition(persistent=domain_xml.with_disks_of(persistent, _live(definition), attached))
 
     def missing_files(self, definition: Definition) -> list[str]:
         """Kernel, initrd, loader."""

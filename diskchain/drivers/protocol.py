@@ -188,8 +188,13 @@ class Driver(Protocol):
     def renewed(self, definition: Definition) -> Definition:
         """Return the configuration with which a VM goes back in time: its guest can tell that it did (vmgenid)."""
 
-    def disks(self, definition: Definition) -> list[str]:
-        """Return the targets of the disks that a configuration has, in its order."""
+    def disks(self, definition: Definition) -> dict[str, Path]:
+        """Return the disks that a VM with this configuration has, in its order, and the files that it names."""
+
+    def without_memory(self, definition: Definition, attached: Collection[str]) -> Definition:
+        """Given a `live_definition`, return the configuration for a start without memory: that of the next start, and these
+        disks, also where only the running VM had them.
+        """
 
     def missing_files(self, definition: Definition) -> list[str]:
         """Return in words what a start with this configuration would not find (kernel, firmware, other version)."""

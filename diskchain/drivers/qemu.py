@@ -187,9 +187,13 @@ class QemuDriver(QemuDisks, QemuAgent, MemorySaver):
             record["machine"]["genid"] = str(uuid.uuid4())
         return replace(definition, text=json.dumps(record))
 
-    def disks(self, definition: Definition) -> list[str]:
-        """The targets of the machine's disks."""
-        return [disk.target for disk in _machine_of(definition).disks]
+    def disks(self, definition: Definition) -> dict[str, Path]:
+        """The machine's disks."""
+        return {disk.target: Path(disk.image) for disk in _machine_of(definition).disks}
+
+    def without_memory(self, definition: Definition, attached: Collection[str]) -> Definition:
+        """A machine gets and loses disks only while it is off."""
+        return definition
 
     def missing_files(self, definition: Definition) -> list[str]:
         """Look for the kernel, initrd, UEFI firmware and swtpm of a definition."""

@@ -33,15 +33,16 @@ def catalog_of(domain: Domain, roots: Sequence[Path]) -> Catalog:
     return catalog
 
 
-def refreshed(catalog: Catalog, domain: Domain, roots: Sequence[Path]) -> Catalog:
+def refreshed(catalog: Catalog, domain: Domain, roots: Sequence[Path], *, moved: bool = False) -> Catalog:
     """Return the catalog with the disks that the domain has now: those attached since are added, the others detached.
 
-    Raise ChainDamaged when a disk that is known lies elsewhere now: something else than diskchain switched it.
+    Raise ChainDamaged when a disk that is known lies elsewhere now: something else than diskchain switched it. With `moved`
+    that is not looked at.
     """
     taken = suitable(domain.disks)[0]
     for target, disk in taken.items():
         known = catalog.active.get(target)
-        if known is not None and disk.path and not files.is_same(catalog.images[known].path, disk.path):
+        if not moved and known is not None and disk.path and not files.is_same(catalog.images[known].path, disk.path):
             raise ChainDamaged(f"{target} of {domain.name} is defined with {disk.path}, the catalog says "
                                f"{catalog.images[known].path}",
                                hint=f"switched by something else; take it up: diskchain adopt {domain.name}")  # fmt: skip

@@ -31,10 +31,11 @@ async def start(vm: VM, progress: Progress = QUIET, *, paused: bool = False) -> 
     Raise ChainDamaged, HostileImage before QEMU sees anything that is not as it was left; Refused when it is paused.
     """
     recovered = await recover.before_start(vm, progress)
+    before = vm.catalog
     if not await can_start(vm):
         return recovered is not None  # what was interrupted may have started it
     known = await state_files.provide(vm.driver, replace(vm.catalog, asleep=False))
-    if vm.known and known != vm.catalog:  # a domain without records is started without making any
+    if vm.known and known != before:  # a domain without records is started without making any
         vm.save(known)
     point("start.launching")
     await vm.driver.start(vm.catalog.active_chains(), paused=paused)
@@ -48,6 +49,7 @@ async def can_start(vm: VM) -> bool:
         return False
     if not state.is_off:
         raise Refused(f"{vm.name} is on already, {state.value}", hint=f"diskchain resume {vm.name}")
+    vm.refresh(moved=True)
     await vm.verify_definition()
     await asyncio.to_thread(layers.verify_active, vm.catalog)
     if vm.registered:  # its QEMU is of our own user

@@ -66,7 +66,10 @@ async def revert(vm: VM, request: Request, progress: Progress = QUIET) -> Revert
     When the memory can't be loaded, everything is put back (a VM that ran is started again from its disks).
     """
     began = time.monotonic()
+    known = vm.catalog
     prepared = await prepare(vm, request)
+    if vm.catalog != known:
+        vm.save(vm.catalog)  # with the disks that it has now
     with _verified_memory(vm, prepared) as memory:
         entry = journal.begin(vm.home, "revert", new_id(), now_utc(), _journal_data(vm, prepared))
         try:
@@ -112,8 +115,10 @@ def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
         "keep": asdict(prepared.keep) if prepared.keep else None,
         "before": {"active": dict(vm.catalog.active), "current": vm.catalog.current, "left": vm.catalog.left,
                    "keeps": vm.catalog.keeps, "targets": list(vm.catalog.targets),
-                   "detached": list(vm.catalog.detached), "definition": asdict(old)},
-        "targets": vm.driver.disks(prepared.definition),
+                   "detached": list(vm.catalog.detached), "definition": asdict(old),
+                   "restart": asdict(prepared.restart or old)},
+        "targets": list(prepared.targets),
+        "waiting": list(prepared.waiting),
         "stays": dict(prepared.disks.stays),
         "current": prepared.disks.current or (prepared.keep.id if prepared.keep else None),
         "definition": asdict(prepared.definition),
@@ -186,21 +191,27 @@ async def _switch(vm: VM, entry: Entry) -> None:
     catalog = catalog.switched_to(_overlays(vm, entry), entry.data["current"])
     tops = {**entry.data["stays"], **{t: o["id"] for t, o in entry.data["overlays"].items()}}
     active = {t: tops[t] for t in entry.data["targets"]}
+    waiting = {t: tops[t] for t in entry.data.get("waiting", ())}
     counted = before["keeps"] + (1 if keep and keep["automatic"] else 0)
     asleep = entry.data["with_memory"] and entry.data["power"] == "paused"
     vm.save(replace(catalog, active=active, left=left, keeps=counted, targets=tuple(active),
-                    detached=_detached(entry, active, keep), asleep=asleep))  # fmt: skip
+                    detached=_detached(entry, active, waiting, keep), asleep=asleep))  # fmt: skip
     point("revert.catalog")
     state_files.put_back(vm, entry.id, Definition(**entry.data["definition"]), entry.data.get("states", {}))
-    await vm.driver.define(Definition(**entry.data["definition"]), vm.catalog.active_chains())
+    chains = {**vm.catalog.active_chains(), **{t: vm.catalog.chain(i) for t, i in waiting.items()}}
+    await vm.driver.define(Definition(**entry.data["definition"]), chains)
     point("revert.definition")
 
 
-def _detached(entry: Entry, active: Mapping[str, str], keep: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The last layers of disks that the VM has no more; those of a kept present are that snapshot's."""
+def _detached(entry: Entry, active: Mapping[str, str], waiting: Mapping[str, str],
+              keep: Mapping[str, Any] | None) -> tuple[str, ...]:  # fmt: skip
+    """The last layers of disks that the VM has no more, or gets at its next start; those of a kept present are that
+    snapshot's.
+    """
     before = entry.data["before"]
     gone = [] if keep else [i for t, i in before["active"].items() if t not in active]
-    return tuple(i for i in dict.fromkeys((*before["detached"], *gone)) if i not in active.values())
+    found = dict.fromkeys((*before["detached"], *gone, *waiting.values()))
+    return tuple(i for i in found if i not in active.values())
 
 
 async def _load(vm: VM, entry: Entry, memory: int | None) -> None:
@@ -294,7 +305,9 @@ async def undo(vm: VM, entry: Entry) -> None:
                       keeps=before["keeps"], targets=tuple(before["targets"]),
                       detached=tuple(before["detached"]))  # fmt: skip
     catalog = catalog.with_images(replace(catalog.images[i], fingerprint=None) for i in before["active"].values())
-    await vm.driver.define(Definition(**before["definition"]), catalog.active_chains())
+    restarts = entry.data["was"] != "stopped" and (await vm.driver.state()).is_off
+    old = before.get("restart", before["definition"]) if restarts else before["definition"]
+    await vm.driver.define(Definition(**old), catalog.active_chains())
     vm.save(catalog)
     for image in overlays.values():
         files.unlink_durably(image.path)

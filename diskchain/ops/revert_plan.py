@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from diskchain.errors import (
 from diskchain.host import files
 from diskchain.ops import layers, room, save_memory, state_files
 from diskchain.ops.create import METADATA
+from diskchain.ops.places import LIBVIRT
 from diskchain.ops.vm import VM, definition_at, new_id, now_utc
 
 
@@ -56,6 +57,9 @@ class Prepared:
     plan: Plan
     changes: list[str]
     copies: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)  # NVRAM, TPM: as verified
+    targets: tuple[str, ...] = ()  # the disks that the VM has afterwards
+    waiting: tuple[str, ...] = ()  # those that it gets only at its next start
+    restart: Definition | None = None  # to be started again with, when everything is put back
 
 
 def undo_target(vm: VM) -> str:
@@ -74,15 +78,17 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     """
     snapshot = vm.catalog.find(request.name)
     await vm.driver.refuse("revert")
+    vm.refresh(moved=True)
     await vm.verify_definition()
     state = await vm.driver.state()
     if request.keep_memory and state.is_off:
         raise MemoryNotSaved(f"{vm.name} is off; it has no memory to keep", hint="leave --keep-memory away")
     with_memory = snapshot.memory.saved and not request.cold and not request.only
-    definition, changes = _configuration(vm, snapshot, request, with_memory)
-    disks = plan_revert_disks(
-        vm.catalog, snapshot, vm.driver.disks(definition), request.only, keeps=not request.discard
-    )
+    power = request.power.replace("start", "running") or _usual_power(snapshot, with_memory, state)
+    loads = with_memory and power != "stopped"
+    definition, changes = await _configuration(vm, snapshot, request, with_memory=with_memory, loads=loads)
+    targets, waiting = _wanted(vm, snapshot, definition)
+    disks = plan_revert_disks(vm.catalog, snapshot, (*targets, *waiting), request.only, keeps=not request.discard)
     for image_id in (*(snapshot.disks[t] for t in disks.covered), *disks.stays.values()):
         await asyncio.to_thread(layers.verify_chain, vm.catalog, image_id)
     if not request.discard:
@@ -96,7 +102,6 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     if missing:
         raise Refused(f"the configuration of {snapshot.name!r} can't start: {'; '.join(missing)}",
                       hint="bring the files back")  # fmt: skip
-    power = request.power.replace("start", "running") or _usual_power(snapshot, with_memory, state)
     if power != "stopped":
         await _refuse_unsupported(vm, snapshot, definition)
     copies = (
@@ -112,7 +117,8 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     _check_space(vm, overlays, keep)
     plan = _plan(vm, snapshot, disks, state, keep, with_memory, power, changes)
     plan = replace(plan, steps=(*plan.steps, *_states_step(copies)), warnings=(*plan.warnings, *warnings))
-    return Prepared(snapshot, disks, overlays, state, keep, with_memory, power, definition, plan, changes, copies)
+    return Prepared(snapshot, disks, overlays, state, keep, with_memory, power, definition, plan, changes, copies,
+                    targets, waiting, vm.driver.without_memory(await _present(vm), vm.catalog.active))  # fmt: skip
 
 
 def _states_step(copies: Mapping[str, object]) -> list[str]:
@@ -131,21 +137,55 @@ async def _refuse_unsupported(vm: VM, snapshot: Snapshot, definition: Definition
                   hint=f"back to its disks only: {way}")  # fmt: skip
 
 
-def _configuration(vm: VM, snapshot: Snapshot, request: Request, with_memory: bool) -> tuple[Definition, list[str]]:
-    """Return the configuration of afterwards, and in words what changes by it.
+async def _configuration(vm: VM, snapshot: Snapshot, request: Request, *, with_memory: bool,
+                         loads: bool) -> tuple[Definition, list[str]]:  # fmt: skip
+    """Return the configuration of afterwards, and in words what changes by it. `loads`: the VM runs from its memory then.
 
     Raise Refused when the present one is to be kept with memory that was saved under another.
     """
+    now = _without_memory(vm, snapshot, await _present(vm))
     if request.only:
-        return vm.driver.definition(), []
+        return now, _attached_for_good(vm, now, [])
     then = read_definition(vm, snapshot)
-    changes = vm.driver.differences(vm.driver.definition(), then)
+    after = _without_memory(vm, snapshot, then)
+    changes = vm.driver.differences(now, after)
     if request.config == "restore" or not changes:
-        return then, changes
+        return (then, changes) if loads else (after, changes + _attached_for_good(vm, after, changes))
     if with_memory:
         raise Refused(f"the memory of {snapshot.name!r} loads only into the configuration it was saved with "
                       f"({'; '.join(changes)})", hint="leave --config keep away, or add --cold")  # fmt: skip
-    return vm.driver.definition(), []
+    return now, _attached_for_good(vm, now, [])
+
+
+async def _present(vm: VM) -> Definition:
+    """The configuration of now: a domain's disks may be attached to the running one only."""
+    return await vm.driver.live_definition() if vm.driver.kind == LIBVIRT else vm.driver.definition()
+
+
+def _without_memory(vm: VM, snapshot: Snapshot, definition: Definition) -> Definition:
+    """A start without memory: every disk that the running VM had, and whose data we have, is in the definition then."""
+    attached = [t for t in vm.driver.disks(definition) if t in snapshot.disks or t in vm.catalog.active]
+    return vm.driver.without_memory(definition, attached)
+
+
+def _attached_for_good(vm: VM, after: Definition, changes: Collection[str]) -> list[str]:
+    before = vm.driver.disks(vm.driver.definition())
+    return [f"{t}, attached to the running VM only, is in its definition from now on" for t in vm.driver.disks(after)
+            if t not in before and f"{t} attached" not in changes]  # fmt: skip
+
+
+def _wanted(vm: VM, snapshot: Snapshot, definition: Definition) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the disks that the VM has afterwards, and those that it gets only at its next start.
+
+    A disk that was only defined, and never in use yet, is none of ours: it is as it is defined.
+    """
+    runs, starts = vm.driver.disks(definition), vm.driver.disks(vm.driver.without_memory(definition, ()))
+    known = [t for t, path in {**runs, **starts}.items() if t in snapshot.disks or _is_known(vm.catalog, t, path)]
+    return tuple(t for t in known if t in runs), tuple(t for t in known if t not in runs)
+
+
+def _is_known(catalog: Catalog, target: str, path: Path) -> bool:
+    return any(image.target == target or files.is_same(image.path, path) for image in catalog.images.values())
 
 
 def _verify_present(catalog: Catalog, going_to: str) -> None:

@@ -83,23 +83,34 @@ class VM:
         if self.known:
             self.catalog = catalog_store.load(self.home)
 
-    def refresh(self) -> None:
+    def refresh(self, *, moved: bool = False) -> None:
         """Take up disks that were attached to, or detached from, a libvirt domain since. Nothing is written.
 
-        Raise ChainDamaged when a disk that we know lies elsewhere now.
+        Raise ChainDamaged when a disk that we know lies elsewhere now; `moved`: it is passed over.
         """
         if self.known and self.driver.kind == LIBVIRT and not journal.is_open(self.home):
             domain = self.host.domains.get(self.driver.uuid)
-            self.catalog = refreshed(self.catalog, domain, self.config.image_roots)
+            self.catalog = refreshed(self.catalog, domain, self.config.image_roots, moved=moved)
 
     async def verify_definition(self) -> None:
         """Raise ChainDamaged when the VM's manager would start it on other layers than the catalog says."""
         for target, path in (await self.driver.next_files() or {}).items():
             known = self.catalog.active.get(target)
             says = self.catalog.images[known].path if known else None
+            if says is None and await self._only_at_the_next_start(target, path):
+                continue
             if says is None or not files.is_same(says, path):
                 raise ChainDamaged(f"{target} of {self.name} is defined with {path}, the catalog says {says or 'nothing'}",
                                    hint=f"changed by something else; take it up: diskchain adopt {self.name}")  # fmt: skip
+
+    async def _only_at_the_next_start(self, target: str, path: Path) -> bool:
+        """Whether a disk that we don't know was attached to the definition alone (virsh attach-disk --config): the VM that is
+        on has not got it, and it is none of our layers but a detached one.
+        """
+        if (await self.driver.state()).is_off or target in await self.driver.active_files():
+            return False
+        image = next((i for i in self.catalog.images.values() if files.is_same(i.path, path)), None)
+        return image is None or image.id in self.catalog.detached
 
     async def verify_running(self, *, same_disks: bool = True) -> None:
         """Compare what the hypervisor writes to with the catalog. Raise ChainDamaged when they differ.
