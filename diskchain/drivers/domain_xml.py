@@ -183,6 +183,20 @@ def with_name(text: str, name: str) -> str:
     return _text(root)
 
 
+def with_nvram(text: str, path: Path) -> str:
+    """Return the XML with this file for the UEFI variables, if it names one."""
+    root = parse(text)
+    element = root.find("./os/nvram")
+    if element is None or nvram(text) is None:
+        return text
+    source = element.find("source")
+    if source is not None:
+        source.set("file", str(path))
+    else:
+        element.text = str(path)
+    return _text(root)
+
+
 def with_genid(text: str, genid: str) -> str:
     """Return the XML with this generation id, if it has one."""
     root = parse(text)

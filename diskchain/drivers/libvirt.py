@@ -245,7 +245,7 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
     async def start_from_memory(self, definition: Definition, chains: Chains, memory: int) -> None:
         """Restore from the file behind the descriptor, with the XML of then and the disks of now, paused."""
         path = os.readlink(f"/proc/self/fd/{memory}")  # noqa: PTH115 - libvirtd opens it itself
-        xml = domain_xml.with_sources(_live(definition), _tops(chains))
+        xml = domain_xml.with_sources(self._as_named_now(definition, _live(definition)), _tops(chains))
         flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
         await called("load the memory", self._connection.restoreFlags, path, xml, flags)
         state = await self.state()
@@ -337,6 +337,22 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
     async def memory_label(self, disks: Mapping[str, Path]) -> str:
         """The live XML: with it `virsh restore` starts the domain, on overlays that are made first (RECOVER.txt)."""
         return domain_xml.with_sources(await self._xml(MIGRATABLE), {t: (p, "qcow2") for t, p in disks.items()})
+
+    def label_now(self, definition: Definition, label: str) -> str:
+        """libvirt loads no memory whose label has another name than the domain, or than the XML that it is given."""
+        try:
+            domain_xml.parse(label)
+        except DriverFailed:  # it was cut off as it was written anew
+            label = _live(definition)
+        return self._as_named_now(definition, label)
+
+    def _as_named_now(self, definition: Definition, xml: str) -> str:
+        """A renamed domain has its UEFI variables elsewhere, too, where libvirt chose their place."""
+        if domain_xml.name(xml) == self.name:
+            return xml
+        if domain_xml.nvram(_persistent(definition)) is None:
+            xml = domain_xml.with_nvram(xml, self.usual_nvram())
+        return domain_xml.with_name(xml, self.name)
 
     # -- snapshot --------------------------------------------------------------------------------------------------
 

@@ -288,6 +288,11 @@ class Driver(Protocol):
         us is to use.
         """
 
+    def label_now(self, definition: Definition, label: str) -> str:
+        """Given the XML in front of a memory and the `live_definition` of then, return what must stand there for it to load
+        now: the same, unless the VM was renamed.
+        """
+
     # -- snapshot
     async def check_memory_save(self) -> None:
         """Raise MemoryNotSaved when the memory of this VM can't be saved in any way."""

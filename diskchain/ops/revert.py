@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from diskchain.chain.model import Catalog, Image, Memory, Snapshot
@@ -29,7 +30,7 @@ from diskchain.host.fault import point
 from diskchain.ops import layers, quiesce, save_memory, state_files
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.revert_plan import Prepared, Request, prepare, undo_target
-from diskchain.ops.vm import VM, new_id, now_utc, record_configuration, remove_snapshot_dir
+from diskchain.ops.vm import VM, definition_at, new_id, now_utc, record_configuration, remove_snapshot_dir
 from diskchain.store import journal, memory_file
 from diskchain.store.journal import Entry
 
@@ -103,8 +104,30 @@ def _verified_memory(vm: VM, prepared: Prepared) -> Iterator[int | None]:
 
 
 def open_memory(vm: VM, snapshot: Snapshot) -> int:
-    """Return a descriptor of a snapshot's verified memory, placed at the stream. Raise MemoryDamaged."""
-    return memory_file.open_verified(vm.home.memory(snapshot.id), snapshot.memory.bytes, snapshot.memory.sha256)
+    """Return a descriptor of a snapshot's verified memory, placed at the stream. Raise MemoryDamaged.
+
+    Its label gets the VM's name of now.
+    """
+    path = vm.home.memory(snapshot.id)
+    fd = memory_file.open_verified(path, snapshot.memory.bytes, snapshot.memory.sha256)
+    try:
+        label = memory_file.read_header(fd).xml
+        now = vm.driver.label_now(definition_at(vm.home, snapshot), label)
+        if now != label:
+            _relabel(path, now)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _relabel(path: Path, label: str) -> None:
+    with files.os_errors(path, "write"):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            memory_file.relabel(fd, label)
+        finally:
+            os.close(fd)
 
 
 def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:

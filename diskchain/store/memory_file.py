@@ -77,6 +77,19 @@ def read_header(fd: int) -> MemoryHeader:
     return MemoryHeader(magic == _SAVE, bool(was_running), stream, xml)
 
 
+def relabel(fd: int, xml: str) -> None:
+    """Put another XML in front of a stream, durably. Raise MemoryDamaged when there is no room for it.
+
+    Only the XML is written: cut off in the middle, it is no XML any more, and the stream is what it was.
+    """
+    room = read_header(fd).stream - _HEADER.size
+    text = xml.encode() + b"\0"
+    if len(text) > room:
+        raise MemoryDamaged("the memory file has no room for the definition under its new name", hint=HINT)
+    os.pwrite(fd, text.ljust(room, b"\0"), _HEADER.size)
+    os.fsync(fd)
+
+
 def stream_digest(fd: int, stream: int) -> str:
     """Return the sha256 of everything from the stream's first byte to the end of the file."""
     digest, offset = hashlib.sha256(), stream

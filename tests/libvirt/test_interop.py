@@ -61,6 +61,29 @@ def test_domain_renamed_keeps_its_snapshots_and_its_name(domain: Make) -> None:
     assert rig.verdict(present="now") == []
 
 
+def test_memory_of_a_renamed_domain_is_loaded_under_its_new_name(domain: Make) -> None:
+    """libvirt compares the name in front of the memory; a label that a power cut tore while it was written is made anew."""
+    rig = domain(guest=False, size=SMALL, targets=("vda",), memory="64 MiB")
+    rig.virsh("start", "vm", "--paused")
+    rig.ok("create", "vm", "s0")
+    rig.virsh("destroy", "vm")
+    (memory,) = rig.dir.glob(".diskchain/*/snapshots/*/memory")
+    for name in ("a-much-longer-name", "b"):
+        rig.virsh("domrename", rig.name, name)
+        rig.name = name
+        refused(rig, "start", "vm", code=4)
+        rig.ok("revert", name, "s0", "-y")
+        assert rig.virsh("domstate", name) == "paused" and rig.agreement() == []
+        assert f"<name>{name}</name>" in rig.virsh("save-image-dumpxml", str(memory))
+        rig.virsh("destroy", name)
+    with memory.open("r+b") as file:
+        file.seek(200)
+        file.write(bytes(300))
+    rig.ok("revert", "b", "s0", "-y")
+    rig.virsh("destroy", "b")
+    assert "<name>b</name>" in rig.virsh("save-image-dumpxml", str(memory)) and rig.file_verdict() == []
+
+
 def test_transient_domain_is_snapshotted_but_never_ended(domain: Make) -> None:
     """What libvirt forgets at its end could not be started again: revert and delete --restart refuse, all stays."""
     rig = domain(guest=False, size=SMALL)

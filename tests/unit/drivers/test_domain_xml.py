@@ -180,6 +180,23 @@ def test_name_and_generation_id_are_replaced_where_they_are() -> None:
     assert domain_xml.parse(domain_xml.with_genid(there, "new")).findtext("genid") == "new"
 
 
+def test_place_of_the_uefi_variables_is_replaced_where_there_is_one() -> None:
+    """In both ways to write it."""
+    there, line = Path("/new.fd"), "<nvram>/var/lib/libvirt/qemu/nvram/web1_VARS.fd</nvram>"
+    for text in (XML, XML.replace(line, "<nvram type='file'><source file='/x.fd'/></nvram>")):
+        assert domain_xml.nvram(domain_xml.with_nvram(text, there)) == there
+    for text in (XML.replace(line, ""), XML.replace(line, "<nvram type='block'><source dev='/dev/x'/></nvram>")):
+        assert domain_xml.with_nvram(text, there) == text
+
+
+def test_disks_of_another_definition_are_added_without_their_place() -> None:
+    """Those that are there already stay as they are."""
+    other = XML.replace("dev='vdb' bus='virtio'/>", "dev='vdx' bus='virtio'/><address type='pci' slot='9'/>")
+    made = domain_xml.with_disks_of(XML, other, ["vda", "vdx"])
+    assert [d.target for d in domain_xml.disks(made)] == [*(d.target for d in domain_xml.disks(XML)), "vdx"]
+    assert "<address" not in made and domain_xml.with_disks_of(XML, other, ["vda"]) == XML
+
+
 def test_aliases_are_those_of_disks_that_have_one() -> None:
     """libvirt gives them at the start."""
     assert domain_xml.aliases(XML) == {"vda": "virtio-disk0"}
