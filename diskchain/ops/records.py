@@ -11,7 +11,7 @@ from diskchain.chain.qcow2 import ApprovedImage
 from diskchain.chain.text import size
 from diskchain.drivers.domains import Domain
 from diskchain.drivers.suitable import suitable
-from diskchain.errors import ChainDamaged, NotFound, Refused
+from diskchain.errors import ChainDamaged, DiskchainError, NotFound, Refused
 from diskchain.host import files
 from diskchain.ops import layers
 from diskchain.ops.adopt import refreshed
@@ -72,13 +72,23 @@ def _grown(catalog: Catalog, target: str, chain: list[ApprovedImage]) -> Catalog
 
 
 def _gone(catalog: Catalog, target: str, chain: list[ApprovedImage]) -> str:
-    there = {layer.path for layer in chain}
-    lost = [
-        s.name for s in catalog.visible() if s.disks.get(target) and catalog.images[s.disks[target]].path not in there
-    ]
+    lost = [s.name for s in catalog.visible() if target in s.disks and not _is_whole(catalog, s.disks[target], chain)]
     names = f"; of the snapshots {', '.join(lost)} it can't be said what they hold" if lost else ""
     return (f"{target} of {catalog.name} is on {chain[0].path} now, which does not stand on the layer that was active: "
             f"something merged or replaced layers{names}")  # fmt: skip
+
+
+def _is_whole(catalog: Catalog, frozen: str, chain: list[ApprovedImage]) -> bool:
+    """Whether a frozen image and all below it are still below what the disk is on now, and as they were frozen."""
+    below = [layer.path for layer in chain[1:]]
+    try:
+        for image in catalog.chain(frozen):
+            if not any(files.is_same(image.path, path) for path in below):
+                return False
+            layers.verify_frozen(image)
+    except DiskchainError:
+        return False
+    return True
 
 
 def _remarks(domain: Domain, catalog: Catalog) -> list[str]:

@@ -160,6 +160,24 @@ def test_layers_put_on_top_by_virsh_are_noticed_and_adopted(domain: Make) -> Non
     assert rig.verdict(present="now") == []
 
 
+def test_snapshots_that_virsh_merged_into_are_named_and_no_others(domain: Make) -> None:
+    """`blockcommit --pivot`: the file that the snapshot froze is still there, and holds what came after it."""
+    rig = domain(guest=False, size=8 * MiB, targets=("vda",))
+    rig.broken = True  # the layers that the catalog knows are merged
+    rig.ok("create", "vm", "s0")
+    rig.write(2, 0, MiB)
+    rig.ok("create", "vm", "s1")
+    rig.write(3, MiB, MiB)
+    rig.ok("create", "vm", "s2")
+    rig.virsh("start", "vm", "--paused")
+    s1 = rig.snapshots()["s1"]["vda"]
+    rig.virsh("blockcommit", "vm", "vda", "--base", str(s1), "--active", "--pivot", "--wait")
+    error = refused(rig, "adopt", "vm", code=8, says="of the snapshots s1, s2 it can't be said what they hold")
+    assert "diskchain forget vm" in error["hint"]
+    rig.virsh("blockcommit", "vm", "vda", "--active", "--pivot", "--wait")
+    refused(rig, "adopt", "vm", code=8, says="of the snapshots s0, s1, s2 it can't")
+
+
 def test_forget_lets_go_and_leaves_a_recover_text(domain: Make) -> None:
     """No image is touched; the domain still starts; create adopts it anew."""
     rig = domain(guest=False, size=8 * MiB)
