@@ -24,12 +24,12 @@ class Unsuitable:
 def suitable(disks: Sequence[DomainDisk]) -> tuple[dict[str, DomainDisk], list[Unsuitable]]:
     """Given a domain's disks, return those that snapshots cover, and those that the guest writes to and they can't.
 
-    What the guest can't write to (CD-ROM, floppy, read-only) is neither: it needs no snapshot.
+    What the guest can't write to (CD-ROM, read-only) is neither: it needs no snapshot.
     """
     taken: dict[str, DomainDisk] = {}
     refused: list[Unsuitable] = []
     for disk in disks:
-        if disk.device in ("cdrom", "floppy") or disk.read_only or disk.is_empty:
+        if disk.device == "cdrom" or disk.read_only or disk.is_empty:
             continue
         why = _why_not(disk)
         if why is None:
@@ -40,6 +40,8 @@ def suitable(disks: Sequence[DomainDisk]) -> tuple[dict[str, DomainDisk], list[U
 
 
 def _why_not(disk: DomainDisk) -> tuple[str, str] | None:
+    if disk.device == "floppy":
+        return "a floppy that can be written", "eject it, or define it with <readonly/>"
     if disk.type == "network":
         how = _NATIVE.get(disk.protocol, "the server's own snapshots")
         return f"a network disk ({disk.protocol or 'unknown protocol'})", how

@@ -197,3 +197,21 @@ def test_a_disk_that_is_more_than_its_file_is_refused_and_can_be_left_out(domain
     assert rig.sources(inactive=True)["vdb"] == rig.dir / "vdb.raw" and more.split(">")[0].split()[0] in rig.virsh(
         "dumpxml", "vm"
     )
+
+
+def test_a_floppy_that_can_be_written_is_refused_and_said_by_show_and_check_when_it_is_left_out(domain: Make) -> None:
+    """The guest writes to it like to a disk."""
+    rig = domain(guest=False, size=SMALL, targets=("vda",))
+    rig.broken = True  # the floppy is in no catalog
+    floppy = rig.dir / "floppy.img"
+    floppy.write_bytes(bytes(1474560))
+    path = rig.dir / "vm.xml"
+    drive = f"<disk type='file' device='floppy'><source file='{floppy}'/><target dev='fda' bus='fdc'/></disk>"
+    path.write_text(path.read_text().replace("</devices>", f"{drive}</devices>"))
+    rig.virsh("undefine", "vm")
+    rig.virsh("define", str(path))
+    error = refused(rig, "create", "vm", "s0", code=6, says="a floppy that can be written")
+    assert "--skip-disk fda" in error["hint"]
+    rig.ok("create", "vm", "s0", "--skip-disk", "fda")
+    assert rig.ok("show", "vm", "s0", "--json").json["snapshot"]["partial"] == ["fda"]
+    assert "vm fda" in [f["subject"] for f in rig.run("check", "vm", "--json").json["findings"]]

@@ -58,6 +58,19 @@ def test_facts_are_read_out() -> None:
     assert domain_xml.passthrough(XML) == ["hostdev pci"] and domain_xml.machine_type(XML) == "pc-q35-7.2"
 
 
+def test_floppy_that_can_be_written_is_named() -> None:
+    """One that is read-only, or empty, needs no snapshot."""
+    floppy = "<disk type='file' device='floppy'><source file='/vm/f.img'/><target dev='fda'/></disk>"
+    text = XML.replace("<interface ", floppy + "<interface ")
+    assert [(u.target, u.why) for u in suitable(domain_xml.disks(text))[1]][-1] == (
+        "fda",
+        "a floppy that can be written",
+    )
+    for harmless in (floppy.replace("</disk>", "<readonly/></disk>"), floppy.replace("<source file='/vm/f.img'/>", "")):
+        found = suitable(domain_xml.disks(text.replace(floppy, harmless)))
+        assert "fda" not in found[0] and "fda" not in [u.target for u in found[1]]
+
+
 def test_uefi_variables_and_tpms_that_no_plain_file_holds_are_told_apart() -> None:
     """A qcow2 file is open in QEMU, so a copy of it is of no instant; a domain with BIOS has none."""
     line, chip = "<nvram>/var/lib/libvirt/qemu/nvram/web1_VARS.fd</nvram>", "<backend type='emulator' version='2.0'/>"
