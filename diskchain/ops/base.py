@@ -22,8 +22,8 @@ from diskchain.host import files, locks, mounts
 from diskchain.host.fault import point
 from diskchain.ops import images_known, sharers
 from diskchain.ops.approve import approve_chain, differing, fingerprint
+from diskchain.ops.directories import Identity
 from diskchain.ops.ids import now_utc
-from diskchain.ops.images_known import Identity
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.vm import Host
 from diskchain.ops.written import refuse_unwritable
@@ -202,7 +202,7 @@ def find(host: Host, wanted: dict[str, object], fmt: str, *more: Path) -> list[P
     found = []
     for names in images_known.scan(images_known.directories(host, *more)).names.values():
         with contextlib.suppress(DiskchainError, OSError):
-            path = names[0]
+            path = next((name for name in names if not name.is_symlink()), names[0])
             if path.stat().st_size == wanted.get("size") and not differing(wanted, fingerprint(path, fmt)):
                 found.append(path)
     return sorted(found)
@@ -222,7 +222,10 @@ class User:
 
 
 def users(host: Host, image: Path) -> list[User]:
-    """Return everybody who uses an image, and its other names. Raise NotFound, Unreachable when libvirt does not answer."""
+    """Return everybody who uses an image, its other names, and what can't be read: it may be a user, too.
+
+    Raise NotFound, Unreachable when libvirt does not answer.
+    """
     target = files.identity(image)
     scan = images_known.scan(images_known.directories(host, image.parent))
     above = dict(scan.overlays_of(target))
@@ -230,7 +233,8 @@ def users(host: Host, image: Path) -> list[User]:
     named = {sharers.identity(user.path) for user in vms} | _layers(host)
     overlays = [User(f"the file {path}", "stands on it", path) for i, path in sorted(above.items(), key=lambda x: x[1])
                 if i not in named]  # fmt: skip
-    return [*vms, *overlays, *_names(image, scan.names.get(target, [])), *_holders(image)]
+    unread = [User(f"perhaps {one.path}", f"it can't be read ({one.why})", one.path) for one in scan.unread]
+    return [*vms, *overlays, *_names(image, scan.names.get(target, [])), *_holders(image), *unread]
 
 
 def _vms(host: Host, target: Identity, above: dict[Identity, Path]) -> Iterator[User]:

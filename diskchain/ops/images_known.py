@@ -7,28 +7,29 @@ and catalogs, and the image roots of the configuration with what is below them (
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from diskchain.chain.model import Catalog
 from diskchain.errors import DiskchainError
-from diskchain.ops import sharers
+from diskchain.ops.directories import DEPTH, Identity, Unread, below, look_through
 from diskchain.ops.vm import Host, Neighbour
 from diskchain.store import catalog as catalog_store
 from diskchain.store.catalog import Home
 
-Identity = tuple[int, int]
 MOST = 100_000  # files: a root that is somebody's whole file server must not stop a delete
 
 
 @dataclass
 class Scan:
-    """What was found. `names`: every name of a file, symlinks too; `stands_on`: an overlay's backing file."""
+    """What was found. `names`: every name of a file, symlinks too; `stands_on`: an overlay's backing file (more than one
+    where its name may mean several).
+    """
 
     names: dict[Identity, list[Path]] = field(default_factory=dict)
-    stands_on: dict[Identity, Identity] = field(default_factory=dict)
+    stands_on: dict[Identity, set[Identity]] = field(default_factory=dict)
+    unread: list[Unread] = field(default_factory=list)
 
     def overlays_of(self, image: Identity) -> Iterator[tuple[Identity, Path]]:
         """Yield what stands on an image, and what stands on that, ..."""
@@ -36,7 +37,7 @@ class Scan:
         while todo:
             below = todo.pop()
             for overlay, backing in self.stands_on.items():
-                if backing == below and overlay not in seen:
+                if below in backing and overlay not in seen:
                     seen.add(overlay)
                     todo.append(overlay)
                     yield overlay, self.names[overlay][0]
@@ -58,30 +59,22 @@ def directories(host: Host, *more: Path) -> list[Path]:
     for _, catalog in catalogs(host):
         found |= {image.path.parent.resolve() for image in catalog.images.values()}
     for root in host.config.image_roots:
-        found |= set(sharers.directories_below(root.resolve(), sharers.DEPTH))
+        found |= set(below(root.resolve(), DEPTH))
     return sorted(found)
 
 
 def scan(places: Iterable[Path]) -> Scan:
-    """Look through directories: every file with its names, every overlay with what it stands on."""
+    """Look through directories: every file with its names, every overlay with what it stands on, what can't be read."""
     found = Scan()
     for directory in places:
-        for path in _files(directory):
-            with contextlib.suppress(OSError, ValueError):
-                status = path.stat()  # a symlink is another name
-                identity = (status.st_dev, status.st_ino)
-                known = found.names.setdefault(identity, [])
-                known.append(path)
-                backing = sharers.backing_identity(path) if len(known) == 1 and not path.is_symlink() else None
-                if backing is not None:
-                    found.stands_on[identity] = backing
+        looked = look_through(directory)
+        for path, identity in looked.names:
+            if not path.name.endswith((".trash", ".seal")):
+                found.names.setdefault(identity, []).append(path)
+            if path in looked.overlays:
+                found.stands_on.setdefault(identity, set()).update(looked.overlays[path])
+        found.unread += looked.unread
         if len(found.names) > MOST:
+            found.unread.append(Unread(directory, f"more than {MOST} files; the rest was not looked at", denied=False))
             break
     return found
-
-
-def _files(directory: Path) -> list[Path]:
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        usable = (e for e in entries if e.is_file(follow_symlinks=True) and not e.name.endswith((".trash", ".seal")))
-        return sorted((Path(e.path) for e in usable), key=lambda path: (path.is_symlink(), path))
-    return []

@@ -11,8 +11,8 @@ from diskchain.chain.rules import Finding, error, info, warning
 from diskchain.chain.text import size
 from diskchain.errors import DiskchainError
 from diskchain.host import files
-from diskchain.ops import sharers
 from diskchain.ops.approve import approve_chain
+from diskchain.ops.directories import look_through
 from diskchain.ops.vm import Host, Neighbour
 from diskchain.store import catalog as catalog_store
 from diskchain.store.catalog import Home, homes_near
@@ -23,12 +23,20 @@ _Identity = tuple[int, int]
 
 def find(host: Host, catalog: Catalog, home: Home, in_flight: frozenset[str]) -> Iterator[Finding]:
     """Look through the directories of the VM's images and its records."""
-    mine = _identities(i.path for i in catalog.images.values())
+    active = catalog.active.values()  # of several layers that a file stands on, the one that is written to is named
+    mine = _identities(i.path for i in sorted(catalog.images.values(), key=lambda i: i.id not in active))
     others = _others(host, catalog)
     for directory in sorted({i.path.parent for i in catalog.images.values()}):
-        for path in _regular(directory):
-            if path.name not in in_flight:
-                yield from _file(catalog, path, mine, others)
+        looked = look_through(directory)
+        for path, identity in looked.names:
+            if path.name not in in_flight and identity not in mine and identity not in others:
+                stands_on = looked.overlays.get(path, frozenset())
+                below = next((layer for i, layer in mine.items() if i in stands_on), None)
+                yield from _file(catalog, path, below)
+        for one in looked.unread:
+            yield warning("unreadable", str(one.path), f"it can't be read ({one.why}): whether it stands on a layer of "
+                          f"{catalog.name} is not known, and merges are refused",
+                          "run diskchain as root, or let it read that")  # fmt: skip
     yield from _shared(catalog, mine, others)
     yield from _in_records(home, catalog, in_flight)
 
@@ -87,13 +95,15 @@ def _regular(directory: Path) -> list[Path]:
         return []
 
 
-def _file(catalog: Catalog, path: Path, mine: dict[_Identity, Path],
-          others: dict[_Identity, tuple[str, bool]]) -> Iterator[Finding]:  # fmt: skip
+def _file(catalog: Catalog, path: Path, below: Path | None) -> Iterator[Finding]:
+    """A file that no VM has. `below`: the layer of this VM that it stands on."""
     try:
-        identity, taken = files.identity(path), size(files.allocated_bytes(path))
+        taken = size(files.allocated_bytes(path))
     except DiskchainError:
         return
-    if identity in mine or identity in others:
+    if path.is_symlink():
+        if below is not None:
+            yield from _foreign(catalog, path, below)
         return
     if path.name.endswith(".trash"):
         yield warning("leftover-trash", str(path), f"put away by a delete and not removed, {taken}", _remove(path))
@@ -101,7 +111,6 @@ def _file(catalog: Catalog, path: Path, mine: dict[_Identity, Path],
     if path.name.startswith(files.TEMPORARY) or path.name.endswith(".part"):
         yield warning("leftover-temporary", str(path), f"left by something that was killed, {taken}", _remove(path))
         return
-    below = mine.get(sharers.backing_identity(path) or (-1, -1))
     if _OVERLAY.fullmatch(path.name):
         stands = f", stands on {below.name}" if below else ""
         yield warning("orphan-overlay", str(path), f"looks like an overlay of diskchain, no catalog names it, {taken}{stands}",

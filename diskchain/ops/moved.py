@@ -17,7 +17,7 @@ from diskchain.errors import DiskchainError
 from diskchain.host import files
 from diskchain.ops import base, images_known, sharers
 from diskchain.ops.allocation import allocated
-from diskchain.ops.images_known import Identity
+from diskchain.ops.directories import Identity
 from diskchain.ops.vm import Host
 from diskchain.store import seal as seal_store
 

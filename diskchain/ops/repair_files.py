@@ -11,9 +11,9 @@ from pathlib import Path
 
 from diskchain.chain.model import Catalog, Image, layer_stem
 from diskchain.chain.text import size
-from diskchain.errors import DiskchainError, Refused
+from diskchain.errors import DiskchainError, NotFound, Refused
 from diskchain.host import files, locks
-from diskchain.ops import images_known, layers, redefine, sharers
+from diskchain.ops import directories, images_known, layers, redefine, sharers
 from diskchain.ops.vm import VM
 
 OLD = 3600.0  # seconds; a temporary file that is younger may be somebody's who is at work
@@ -105,9 +105,11 @@ def _useless(vm: VM, path: Path) -> str:
         return ""
     if away:
         return "a layer of this VM that was merged and put away; nothing stands on it" if _is_free(path, name) else ""
-    below = sharers.backing_identity(path)
-    stands = any(i.path.exists() and files.identity(i.path) == below for i in vm.catalog.images.values())
-    if stands and layers.is_empty(path) and not sharers.overlays_beside(path):
+    with contextlib.suppress(DiskchainError):  # what can't be read is no rubbish
+        below = directories.backings(path)
+        stands = any(directories.identity(i.path) in below for i in vm.catalog.images.values())
+        if not stands or not layers.is_empty(path) or sharers.overlays_beside(path):
+            return ""
         return "an overlay of ours on a layer of this VM, in no catalog, and no cluster of it holds data"
     return ""
 
@@ -131,12 +133,19 @@ def _is_free(path: Path, name: str) -> bool:
     """Whether nothing in the directory stands on a file that was put away, by its old name or its new one."""
     if path.with_name(name).exists():
         return False
-    for other in path.parent.iterdir():
-        with contextlib.suppress(OSError, DiskchainError):
-            below = sharers.backing_name(other) if other != path and other.is_file() else None
-            if below and path.parent / below in (path.with_name(name), path):
-                return False
-    return True
+    return not any(_may_stand_on(other, path, name) for other in path.parent.iterdir() if other != path)
+
+
+def _may_stand_on(other: Path, path: Path, name: str) -> bool:
+    """Whether a file names one that was put away, or can't be asked."""
+    try:
+        if not other.is_file() or other.stat().st_size < directories.SMALLEST:
+            return False
+        named = [place / one for one in directories.backing_names(other) for place in directories.bases(other)]
+    except (OSError, DiskchainError) as error:
+        return not isinstance(error, NotFound)
+    home = directories.identity(path.parent)
+    return any(one.name in (name, path.name) and directories.identity(one.parent) == home for one in named)
 
 
 def _is_old(path: Path) -> bool:

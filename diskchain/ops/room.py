@@ -12,7 +12,7 @@ from diskchain.chain.plan import Need
 from diskchain.chain.text import size
 from diskchain.errors import DiskchainError
 from diskchain.host import files
-from diskchain.ops import sharers
+from diskchain.ops.directories import below
 from diskchain.ops.vm import VM
 
 
@@ -48,7 +48,8 @@ def places(vm: VM, need: int) -> list[tuple[Path, int]]:
 
 def _roots(roots: Iterable[Path]) -> Iterator[Path]:
     for root in roots:
-        yield from sorted(path for path in sharers.directories_below(root, 1) if path != root and path.is_mount())
+        inside = (path for path in below(root, 1) if path != root and path.is_relative_to(root))
+        yield from sorted(path for path in inside if path.is_mount())
         yield root
 
 

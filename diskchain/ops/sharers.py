@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from diskchain.chain import qcow2
 from diskchain.chain.model import Image
-from diskchain.errors import DiskchainError, HasSharers
-from diskchain.host import files
+from diskchain.config import Config
+from diskchain.errors import DiskchainError, HasSharers, Refused
+from diskchain.ops.directories import DEPTH, Identity, Unread, below, look_through
+from diskchain.ops.directories import identity as identity
 from diskchain.ops.vm import VM
 from diskchain.store import catalog as catalog_store
 from diskchain.store import seal
 from diskchain.store.catalog import Home
-
-DEPTH = 3  # directories below an image root that are looked through
 
 
 def refuse_shared(vm: VM, image: Image, mine: Iterable[Image]) -> None:
     """Raise HasSharers, naming them, when anybody but the images `mine` uses the image.
 
     Looked through: all machines and their catalogs, every file beside any known disk and below the image roots (by device
-    and inode, so other names and hard links count), the image's link count and its seal.
+    and inode, so other names and hard links count), the image's link count and its seal. Raise Refused when a file or
+    directory of those can't be read: it may be a user.
     """
     status = image.path.stat()
     if status.st_nlink > 1:
@@ -34,17 +32,30 @@ def refuse_shared(vm: VM, image: Image, mine: Iterable[Image]) -> None:
 
 
 def refuse_overlays(vm: VM, image: Image, mine: Iterable[Image]) -> None:
-    """Raise HasSharers, naming them, when anybody but the images `mine` stands on the image or uses it as a disk."""
+    """Raise HasSharers, naming them, when anybody but the images `mine` stands on the image or uses it as a disk; Refused
+    when that can't be told.
+    """
     if seal.is_sealed(image.path):
         raise HasSharers(f"{image.path} is sealed as a base; it is neither merged into nor removed",
                          hint=f"diskchain detach {vm.name} gives the VM a copy of its own")  # fmt: skip
     status = image.path.stat()
     known = {i.path for i in mine} | {image.path}
     target = (status.st_dev, status.st_ino)
-    users = sorted(set(_other_machines(vm, target)) | set(_overlays_in_directories(vm, target, known)))
+    overlays, unread = _overlays_in_directories(vm, target, known)
+    users = sorted(set(_other_machines(vm, target)) | {str(path) for path in overlays})
     if users:
         raise HasSharers(f"{image.path} is used by {', '.join(users)} too; a merge or delete would destroy them",
                          hint=f"diskchain detach {vm.name} gives it a copy; or let the other users go first")  # fmt: skip
+    if unread:
+        raise _not_known(image.path, unread)
+
+
+def _not_known(image: Path, unread: list[Unread]) -> Refused:
+    first, more = unread[0], len(unread) - 1
+    what = f"{first.path} can't be read ({first.why})" + (f", and {more} more" if more else "")
+    hint = "run diskchain as root, or let it read that (chmod, setfacl); what is no image can be moved to another directory"
+    return Refused(f"{what}: whether it stands on {image} is not known",
+                   hint=hint if first.denied else "look at dmesg and at that file, then try again")  # fmt: skip
 
 
 def _other_machines(vm: VM, target: tuple[int, int]) -> Iterable[str]:
@@ -59,94 +70,41 @@ def _other_machines(vm: VM, target: tuple[int, int]) -> Iterable[str]:
             yield other.label
 
 
-def _overlays_in_directories(vm: VM, target: tuple[int, int], known: set[Path]) -> Iterable[str]:
-    directories = {i.path.parent.resolve() for i in vm.catalog.images.values()}
+def _overlays_in_directories(vm: VM, target: Identity, known: set[Path]) -> tuple[list[Path], list[Unread]]:
+    """Return the strangers that stand on the target, and what could not be looked at.
+
+    The image roots that nobody chose (the settings' default) are looked through as far as we may.
+    """
+    beside = {i.path.parent.resolve() for i in vm.catalog.images.values()}
     for other in vm.host.neighbours():
-        directories |= {disk.parent.resolve() for disk in other.disks}
-    for root in vm.config.image_roots:
-        directories |= set(directories_below(root.resolve(), DEPTH))
+        beside |= {disk.parent.resolve() for disk in other.disks}
+    roots = {place for root in vm.config.image_roots for place in below(root.resolve(), DEPTH)}
+    chosen = vm.config.image_roots != Config.image_roots
     paths, files_of_ours = {path.resolve() for path in known}, {identity(path) for path in known}
-    for directory in directories:
-        for path in _files(directory):
+    overlays: list[Path] = []
+    unread: list[Unread] = []
+    for directory in sorted(beside | roots):
+        looked = look_through(directory)
+        for path, stands_on in looked.overlays.items():
             if path.resolve() in paths or (identity(path) in files_of_ours and _names(path) == 1):
                 continue  # the second: through a bind mount
-            if _backs_on(path, target):
-                yield str(path)
-
-
-def directories_below(directory: Path, depth: int) -> Iterable[Path]:
-    """Yield a directory and what is below it, to a depth; hidden ones and symlinks are passed over."""
-    yield directory
-    if depth > 0:
-        with contextlib.suppress(OSError), os.scandir(directory) as entries:
-            for entry in list(entries):
-                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                    yield from directories_below(Path(entry.path), depth - 1)
+            overlays += [path] if target in stands_on else []
+        unread += [one for one in looked.unread if directory in beside or chosen or not one.denied]
+    return overlays, unread
 
 
 def overlays_beside(image: Path) -> list[Path]:
-    """Return the images in the same directory that name this one as their backing file."""
+    """As `overlays_in` its own directory."""
     return overlays_in(image.parent, image)
 
 
 def overlays_in(directory: Path, image: Path) -> list[Path]:
-    """Return the images in a directory that name this one as their backing file."""
-    status = image.stat()
-    target = (status.st_dev, status.st_ino)
-    return sorted(path for path in _files(directory) if path != image and _backs_on(path, target))
-
-
-def _files(directory: Path) -> Iterable[Path]:
-    try:
-        with os.scandir(directory) as entries:
-            return [Path(e.path) for e in entries if e.is_file(follow_symlinks=False) and not e.name.endswith(".trash")]
-    except OSError:
-        return []
-
-
-def _backs_on(path: Path, target: tuple[int, int]) -> bool:
-    return backing_identity(path) == target
-
-
-def backing_identity(path: Path) -> tuple[int, int] | None:
-    """Return (device, inode) of the backing file that an image names; None when it names none, or can't be read."""
-    name = backing_name(path)
-    file = None if name is None else _file_named(name)
-    return None if file is None else identity(path.parent / file)
-
-
-def backing_name(path: Path) -> str | None:
-    """Return the backing file that an image names, as it stands in its header; None when it names none, or can't be read."""
-    try:
-        fd = files.open_untrusted(path)
-    except DiskchainError:
-        return None
-    try:
-        if files.read_span(fd, 0, 4) != qcow2.MAGIC:
-            return None
-        data = files.read_span(fd, 0, 1 << 16)
-        return qcow2.parse_header(data, os.fstat(fd).st_size).backing_name
-    except DiskchainError:
-        return None
-    finally:
-        os.close(fd)
-
-
-def _file_named(name: str) -> str | None:
-    """Return the file of a backing name as QEMU writes them: a path, `file:PATH`, or `json:{...}` (the first file in it).
-
-    A live snapshot that somebody else takes of an image of ours is recorded as `json:`.
-    """
-    if not name.startswith("json:"):
-        return name.removeprefix("file:")
-    try:
-        node = json.loads(name.removeprefix("json:"))
-    except (ValueError, RecursionError):
-        return None
-    while isinstance(node, dict) and isinstance(node.get("file"), dict):
-        node = node["file"]
-    file = node.get("filename", node.get("file.filename")) if isinstance(node, dict) else None
-    return file if isinstance(file, str) else None
+    """Return the images in a directory that name this one as their backing file. Raise Refused when that can't be told."""
+    status, looked = image.stat(), look_through(directory)
+    found = sorted(path for path, stands_on in looked.overlays.items() if (status.st_dev, status.st_ino) in stands_on)
+    if looked.unread and not found:
+        raise _not_known(image, looked.unread)
+    return found
 
 
 def _names(path: Path) -> int:
@@ -155,12 +113,3 @@ def _names(path: Path) -> int:
         return path.stat().st_nlink
     except OSError:
         return 0
-
-
-def identity(path: Path) -> tuple[int, int] | None:
-    """Return (device, inode) of a path (symlinks followed); None where it can't be looked at."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from diskchain.config import Config
 from diskchain.errors import DiskchainError, Refused
 from diskchain.ops import create, revert
 from diskchain.ops.vm import Host
-from tests.support.refusals import refused, unchanged
+from tests.support.refusals import check_error, refused, unchanged
 from tests.support.rig import MiB, Rig
 
 
@@ -134,6 +135,69 @@ def test_own_layers_seen_through_a_bind_mount_are_no_strangers(bound: tuple[Rig,
     config.write_text(f'image_roots = ["{place}"]\n')
     tree.ok("--config", str(config), "delete", "vm", "s3", "-y")
     config.unlink()
+    assert tree.verdict(present="now") == []
+
+
+def test_overlay_elsewhere_that_a_symlink_leads_to_is_named(tree: Rig) -> None:
+    """By delete, by `base users`, by check; in the VM's directory, and where an image root leads to a directory."""
+    layer, elsewhere = tree.snapshots()["s3"]["vda"], tree.dir.parent / "elsewhere"
+    (elsewhere / "below").mkdir(parents=True)
+    stranger, link = overlay_on(layer, elsewhere / "below/stranger.qcow2"), tree.dir / "link.qcow2"
+    before = tree.digest(stranger)
+    try:
+        link.symlink_to(stranger)
+        with unchanged(tree):
+            error = refused(tree, "delete", "vm", "s3", "-y", code=6, says="link.qcow2")
+            assert error["kind"] == "HasSharers"
+            users = tree.ok("--json", "base", "users", str(layer)).json["users"]
+            assert ("stands on it", str(link)) in {(user["how"], user["path"]) for user in users}
+            found = tree.run("--json", "check", "vm").json["findings"]
+            assert ("foreign-overlay", str(link)) in {(f["code"], f["subject"]) for f in found}
+        link.unlink()
+        roots = tree.dir / "roots"
+        roots.mkdir()
+        (roots / "more").symlink_to(elsewhere)
+        tree.configure(f'image_roots = ["{roots}"]\n')
+        with unchanged(tree):
+            refused(tree, "delete", "vm", "s3", "-y", code=6, says="stranger.qcow2")
+        assert tree.digest(stranger) == before
+    finally:
+        shutil.rmtree(elsewhere)
+    tree.ok("delete", "vm", "s3", "-y")
+    assert tree.verdict(present="now") == []
+
+
+# root, without the right to read what is another user's
+UNPRIVILEGED = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+
+
+def test_file_that_cannot_be_read_may_be_an_overlay(tree: Rig) -> None:
+    """Another user's, mode 0600: nothing is merged, removed or defined beside it; who only looks is told."""
+    layer = tree.snapshots()["s3"]["vda"]
+    stranger = overlay_on(layer, tree.dir / "stranger.qcow2")
+    key, place = tree.dir / "key.pem", tree.dir / "place"
+    place.mkdir()
+    key.write_bytes(bytes(511))
+    for path in (stranger, key):
+        path.chmod(0o600)
+        os.chown(path, 65534, 65534)
+    before = tree.digest(stranger)
+    with unchanged(tree):
+        for args in (
+            ("delete", "vm", "s3", "-y"),
+            ("detach", "vm"),
+            ("move", "vm", "--to", str(place)),
+        ):
+            answer = tree.run("--json", *args, prefix=UNPRIVILEGED)
+            assert "stranger.qcow2 can't be read" in check_error(answer, code=6, says="as root")["message"]
+        users = tree.run("--json", "base", "users", str(layer), prefix=UNPRIVILEGED).json["users"]
+        assert [u["how"][:16] for u in users if u["path"] == str(stranger)] == ["it can't be read"]
+        found = tree.run("--json", "check", "vm", prefix=UNPRIVILEGED).json["findings"]
+        assert [f["subject"] for f in found if f["code"] == "unreadable"] == [str(stranger)]
+    assert tree.digest(stranger) == before
+    stranger.unlink()
+    answer = tree.run("delete", "vm", "s3", "-y", prefix=UNPRIVILEGED)
+    assert answer.code == 0, answer.err
     assert tree.verdict(present="now") == []
 
 
