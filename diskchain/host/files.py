@@ -319,6 +319,22 @@ def rename_durably(src: Path, dst: Path) -> None:
         fsync_dir(src.parent)
 
 
+def link_new(file: Path, name: Path) -> None:
+    """Give a file a second name; fine when it has that already. Raise Refused when another file has it, and where files
+    can't have two.
+    """
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        if not are_one(file, name):
+            raise Refused(f"{str(name)!r} exists already", hint="move it away, or choose another directory") from None
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise Refused(f"can't give {str(file)!r} a second name: {error.strerror}",
+                          hint="choose a directory on a filesystem with hard links") from error  # fmt: skip
+        raise translated(error, name, "create") from error
+
+
 def unlink_durably(path: Path) -> None:
     """Unlink it, if it is there; on return the name is gone from the disk, too."""
     with os_errors(path, "unlink"):
@@ -375,6 +391,14 @@ def same_file(one: Path, other: Path) -> bool:
 def is_same(one: Path, other: Path) -> bool:
     """Whether two names are one, or lead to one file: a gone file has its name still."""
     return one == other or same_file(one, other)
+
+
+def are_one(one: Path, other: Path) -> bool:
+    """Whether two names are names of one file (symlinks are files of their own); False when either can't be looked at."""
+    try:
+        return os.path.samestat(one.lstat(), other.lstat())
+    except OSError:
+        return False
 
 
 def copy_owner(src: Path, dst: Path) -> None:

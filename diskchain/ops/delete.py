@@ -138,9 +138,7 @@ async def _carry_out(vm: VM, entry: Entry, progress: Progress) -> list[Merged]:
         _forget_layers(vm, entry)
         entry.advance("relinked")
     gone = [vm.home.disks_dir / path for path in _gone_paths(entry)]
-    layers.to_trash(gone)
-    point("delete.trashed")
-    await layers.empty_trash(gone)
+    await layers.put_away(entry, gone)
     for snapshot_id in (*_snapshot_ids(entry), *entry.data.get("waits", [])):
         remove_snapshot_dir(vm, snapshot_id)
     entry.close()

@@ -1,13 +1,14 @@
 """Layers that are written anew in another directory, then switched to: delete --to, detach --to, and the layers of move.
 
 -         VM off; layers verified; nobody else writes; space there                    nothing changed
-intent    new files are made, filled, synced, compared with what they replace         undo: they are unlinked
+intent    new files are made, filled, synced, compared with what they replace         undo: those with our marks go
 switch    a domain's definition names them (where its active layer is one of them);   definition of before = undo
           overlays are relinked, the catalog is written                               else forward
-switched  what they replace goes to the trash, if it was ours                         redo
+switched  what they replace goes to the trash, if it was ours; the marks go           redo
 done      journal removed
 
 What a new file shows is what it replaces shows, and that is unlinked last: an overlay may name the one or the other.
+Which files are the new ones is said by their marks (marks.py), in both directions: a name may be somebody else's by now.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ from diskchain.errors import ChainDamaged, NoSpace, Refused, Unfinished, Unsuppo
 from diskchain.host import copy, files, locks, qemu_img, qemu_img_copy
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
-from diskchain.ops import delete, layers, redefine, room
+from diskchain.ops import delete, layers, marks, redefine, room
 from diskchain.ops.approve import approve_chain
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import Progress
-from diskchain.ops.vm import VM, remove_snapshot_dir
+from diskchain.ops.vm import VM, new_id, remove_snapshot_dir
 from diskchain.store import catalog as catalog_store
 from diskchain.store.journal import Entry
 
@@ -46,7 +47,8 @@ METADATA = 4 * MiB  # tables of a new image
 class Item:
     """One image of the catalog that lies in a new file afterwards.
 
-    `layers`: the images of which it takes what they hold, lowest first; `exact`: the file as it is, byte for byte.
+    `layers`: the images of which it takes what they hold, lowest first; `exact`: the file as it is, byte for byte;
+    `mark`: by which it is known to be ours.
     """
 
     id: str
@@ -54,16 +56,25 @@ class Item:
     layers: tuple[str, ...]
     backing: str | None
     exact: bool = False
+    mark: str = field(default_factory=new_id)
+
+    @property
+    def made(self) -> Path:
+        """The name that it is made and written to under: nobody else has it."""
+        return marks.mark_of(self.path, self.mark)
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that the journal keeps."""
         return {"id": self.id, "path": str(self.path), "layers": list(self.layers), "backing": self.backing,
-                "exact": self.exact}  # fmt: skip
+                "exact": self.exact, "mark": self.mark}  # fmt: skip
 
 
 def items_of(entry: Entry) -> list[Item]:
     """Return the items of a journal entry."""
-    return [Item(i["id"], Path(i["path"]), tuple(i["layers"]), i["backing"], i["exact"]) for i in entry.data["items"]]
+    return [
+        Item(i["id"], Path(i["path"]), tuple(i["layers"]), i["backing"], i["exact"], i.get("mark", ""))
+        for i in entry.data["items"]
+    ]
 
 
 # -- before ------------------------------------------------------------------------------------------------------------
@@ -182,13 +193,15 @@ async def make_all(vm: VM, items: Sequence[Item], guard: ImageGuard, progress: P
         point("elsewhere.made-one")
     for directory in {item.path.parent for item in items}:
         files.fsync_dir(directory)
+    for item in items:
+        marks.verify(item.path, item.mark)
     await vm.driver.check_files([item.path for item in items], written=True)
 
 
 async def _copy(catalog: Catalog, item: Item, items: Sequence[Item], progress: Progress) -> None:
     """The file as it is; then it names what it stands on where that is afterwards."""
     image = catalog.images[item.id]
-    source, target = files.open_untrusted(image.path), files.create_exclusive(item.path)
+    source, target = files.open_untrusted(image.path), marks.create(item.path, item.mark)
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -201,7 +214,7 @@ async def _copy(catalog: Catalog, item: Item, items: Sequence[Item], progress: P
         point("elsewhere.created")
         await copy.copy(source, target, item.path, on_bytes)
         await copy.compare(source, target, item.path)
-        files.copy_owner(image.path, item.path)
+        files.copy_owner(image.path, item.made)
         os.fchmod(target, stat.S_IMODE(os.fstat(target).st_mode) | stat.S_IRUSR | stat.S_IWUSR)
         os.utime(target, ns=(os.fstat(source).st_atime_ns, os.fstat(source).st_mtime_ns))
         os.fsync(target)
@@ -217,9 +230,9 @@ async def _name_backing(catalog: Catalog, item: Item, items: Sequence[Item]) -> 
     if below is None:
         return
     name = qemu_img.backing_name_for(item.path, below.path)
-    with files.synced(item.path):
-        await qemu_img.rebase(item.path, name, below.fmt)
-    layers.verify_reference(replace(catalog.images[item.id], path=item.path), below)
+    with files.synced(item.made):
+        await qemu_img.rebase(item.made, name, below.fmt)
+    layers.verify_reference(replace(catalog.images[item.id], path=item.made), below)
 
 
 def _below(catalog: Catalog, item: Item, items: Sequence[Item]) -> Image | None:
@@ -235,7 +248,7 @@ async def _write(catalog: Catalog, item: Item, items: Sequence[Item], guard: Ima
     """A new qcow2 image that takes what the layers hold, one after the other. What it stands on is whole by now."""
     top = catalog.images[item.layers[-1]]
     below = _below(catalog, item, items)
-    fd = files.create_exclusive(item.path)
+    fd = marks.create(item.path, item.mark)
     try:
         point("elsewhere.created")
         virtual_size = approve_chain(top.path, top.fmt)[0].virtual_size
@@ -243,9 +256,9 @@ async def _write(catalog: Catalog, item: Item, items: Sequence[Item], guard: Ima
             await qemu_img_copy.create_alone(fd, virtual_size)
         else:
             await qemu_img.create(fd, qemu_img.backing_name_for(item.path, below.path), below.fmt, virtual_size)
-        files.copy_owner(top.path, item.path)
+        files.copy_owner(top.path, item.made)
         os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IRUSR | stat.S_IWUSR)
-        into = qemu_img.unlocked(item.path, "qcow2", _new_below(catalog, item, items))
+        into = qemu_img.unlocked(item.made, "qcow2", _new_below(catalog, item, items))
         await _fill(catalog, item, into, guard, progress)
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -289,7 +302,7 @@ def _new_below(catalog: Catalog, item: Item, items: Sequence[Item]) -> dict[str,
     new = next((other for other in items if other.id == item.backing), None)
     if new is None:
         return _node(catalog, item.backing)
-    return {**qemu_img.unlocked(new.path, "qcow2", _new_below(catalog, new, items)), "read-only": True}
+    return {**qemu_img.unlocked(new.made, "qcow2", _new_below(catalog, new, items)), "read-only": True}
 
 
 # -- the switch --------------------------------------------------------------------------------------------------------
@@ -310,6 +323,7 @@ def after(vm: VM, entry: Entry) -> Catalog:
 
 async def forward(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None:
     """From `switch` to the end. Can be repeated. Without a guard (recovery) one is taken for what is relinked."""
+    verify_new(entry)
     if entry.state == "switch":
         catalog, new = after(vm, entry), {item.id for item in items_of(entry)}
         was = [Path(path) for path in entry.data["was"]]
@@ -324,13 +338,28 @@ async def forward(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None
                                    if i in vm.catalog.images})  # fmt: skip
         entry.advance("switched")
     old = [Path(path) for path in entry.data["old"]]
-    layers.to_trash(old)
-    point("elsewhere.trashed")
-    await layers.empty_trash(old)
+    await layers.put_away(entry, old)
     for snapshot_id in (*entry.data.get("snapshots", []), *entry.data.get("waits", [])):
         remove_snapshot_dir(vm, snapshot_id)
+    forget_marks(entry)
     entry.close()
     vm.home.fill_reserve()
+
+
+def verify_new(entry: Entry) -> None:
+    """Before anything relies on the new files, and before what they replace goes: they are those that were made. Raise
+    Refused, ChainDamaged.
+    """
+    if not entry.data.get("away"):
+        for item in items_of(entry):
+            marks.verify(item.path, item.mark)
+
+
+def forget_marks(entry: Entry) -> None:
+    """What they replace is gone: the new files keep their names only. Can be repeated."""
+    for item in items_of(entry):
+        marks.forget(item.path, item.mark)
+    point("elsewhere.marks-forgotten")
 
 
 async def relink_rest(catalog: Catalog, new: set[str], guard: ImageGuard | None) -> Catalog:
@@ -365,9 +394,9 @@ async def _relink(overlay: Image, below: Image) -> None:
 
 
 def undo(vm: VM, entry: Entry) -> None:
-    """Unlink the new files, which nothing names. Can be repeated."""
+    """Unlink the new files, which nothing names; nobody else's that have such a name by now. Can be repeated."""
     for item in items_of(entry):
-        files.unlink_durably(item.path)
+        marks.unmake(item.path, item.mark)
         point("elsewhere.unmade-one")
     entry.close()
 
@@ -377,8 +406,12 @@ async def is_switched(vm: VM, entry: Entry) -> bool:
     new = {item.id: item.path for item in items_of(entry)}
     named = await vm.driver.next_files() or {}
     catalog = after(vm, entry)
-    waited = [t for t, i in catalog.active.items() if i in new and t in named and not files.same_file(named[t], new[i])]
+    waited = [t for t, i in catalog.active.items() if i in new and t in named and not _leads_to(named[t], new[i])]
     return not waited
+
+
+def _leads_to(named: Path, new: Path) -> bool:
+    return named == new or files.same_file(named, new)  # the first: also when somebody moved the file away
 
 
 async def resume(vm: VM, entry: Entry) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from diskchain.host.fault import point
 from diskchain.ops.approve import approve_chain, differing, fingerprint, virtual_size
 from diskchain.ops.vm import new_id
 from diskchain.store import seal
+from diskchain.store.journal import Entry
 
 
 def verify_chain(catalog: Catalog, top: str) -> None:
@@ -246,10 +247,22 @@ def trash_of(path: Path) -> Path:
 
 
 def to_trash(paths: Iterable[Path]) -> None:
-    """Rename files away, durably; those already away, and what is no regular file (so not ours), are passed over."""
+    """Rename files away, durably; what is no regular file (so not ours) is passed over. So are those already away: what has
+    such a name by now is somebody else's.
+    """
     for path in paths:
-        if path.is_file() and not path.is_symlink():
+        if path.is_file() and not path.is_symlink() and not os.path.lexists(trash_of(path)):
             files.rename_durably(path, trash_of(path))
+
+
+async def put_away(entry: Entry, paths: Sequence[Path]) -> None:
+    """Remove files for good. Can be repeated: once they are all away that is noted, for their names may be used anew."""
+    if not entry.data.get("away"):
+        to_trash(paths)
+        point(f"{entry.op}.trashed")
+        entry.note(away=True)
+    await empty_trash(paths)
+    point(f"{entry.op}.trash-emptied")
 
 
 async def empty_trash(paths: Iterable[Path]) -> None:

@@ -1,7 +1,7 @@
 """move: all layers of a VM, and its records, to another directory, which may be on another filesystem.
 
 -         VM off; layers verified; space there                                        nothing changed
-intent    layers and records are copied, synced, compared                             undo: the copies are unlinked
+intent    layers and records are copied, synced, compared                             undo: what has our marks is removed
 switch    the new records are whole: catalog and a journal entry of this move in      definition of before = undo
           them; then the definition names the new layers (and, of a machine of ours,  else forward, from the new
           the new records) in one write: from that on the new place counts            records
@@ -26,7 +26,7 @@ from diskchain.errors import ChainDamaged, NotFound, Refused
 from diskchain.host import copy, files, locks
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard, vm_lock
-from diskchain.ops import detach, elsewhere, layers, redefine, room, sharers
+from diskchain.ops import detach, elsewhere, layers, marks, redefine, room, sharers
 from diskchain.ops.elsewhere import Item
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, new_id, now_utc
@@ -119,14 +119,14 @@ async def move(vm: VM, found: Move, progress: Progress) -> None:
     images = vm.catalog.images
     data = {
         **elsewhere.journal_data(vm, found.items, [images[i.id] for i in found.items]),
-        "name": vm.name, "from": str(vm.home.path), "to": str(found.home.path),
+        "name": vm.name, "from": str(vm.home.path), "to": str(found.home.path), "mark": new_id(),
     }  # fmt: skip
     entry = journal.begin(vm.home, "move", new_id(), now_utc(), data)
     with contextlib.ExitStack() as stack:
         try:
             guard = stack.enter_context(elsewhere.guarded(vm, found.items))
             await elsewhere.make_all(vm, found.items, guard, progress)
-            await _copy_records(vm.home, found.home)
+            await _copy_records(vm.home, found.home, entry.data["mark"])
             await elsewhere.require_off(vm)
         except BaseException:
             undo(vm, entry)
@@ -138,10 +138,12 @@ async def move(vm: VM, found: Move, progress: Progress) -> None:
 async def _forward(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None:
     """From `switch` to the end."""
     home = Home(Path(entry.data["to"]))
+    elsewhere.verify_new(entry)
     if home.path == vm.home.path:
         await _switch(vm, entry)
         await _clear(vm, entry, guard)
         return
+    marks.verify_directory(home.path, entry.data.get("mark", ""))
     files.fsync_dir(home.path)
     with vm_lock(home.lock, f"move {vm.name}", wait=locks.GUARD_WAIT):
         entry = await _switch_records(vm, entry, home)
@@ -183,16 +185,18 @@ def _frozen(catalog: Catalog, entry: Entry) -> Catalog:
 
 async def _clear(vm: VM, entry: Entry, guard: ImageGuard | None = None) -> None:
     """The new place counts: let what was there already name it, then remove what was ours in the old one. Can be repeated."""
+    elsewhere.verify_new(entry)
     vm.save(await elsewhere.relink_rest(vm.catalog, {item.id for item in elsewhere.items_of(entry)}, guard))
     point("move.relinked")
     old = [Path(path) for path in entry.data["old"]]
-    layers.to_trash(old)
-    point("move.trashed")
-    await layers.empty_trash(old)
+    await layers.put_away(entry, old)
     left = Path(entry.data["from"])
     if left != vm.home.path and left.is_dir():
         catalog_store.remove(left)
         point("move.records-removed")
+    elsewhere.forget_marks(entry)
+    if left != vm.home.path:
+        marks.forget_directory(vm.home.path, entry.data.get("mark", ""))
     entry.close()
     vm.home.fill_reserve()
 
@@ -215,9 +219,10 @@ def _records(old: Home, new: Home) -> Iterator[tuple[Path, Path]]:
                 yield path, new.path / inside / name
 
 
-async def _copy_records(old: Home, new: Home) -> None:
+async def _copy_records(old: Home, new: Home, mark: str) -> None:
     if old.path == new.path:
         return
+    marks.make_directory(new.path, mark)
     new.make()
     for path, place in _records(old, new):
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -239,15 +244,12 @@ async def _copy_records(old: Home, new: Home) -> None:
 
 
 def undo(vm: VM, entry: Entry) -> None:
-    """The definition still leads to the old place: remove the new one. Can be repeated."""
+    """The definition still leads to the old place: remove the new one, as far as this move made it. Can be repeated."""
     new = Path(entry.data["to"])
-    if new != Path(entry.data["from"]) and new.is_dir():
-        catalog_store.remove(new)
+    if new != Path(entry.data["from"]):
+        marks.unmake_records(new, entry.data.get("mark", ""))
         point("move.records-unmade")
-    for item in elsewhere.items_of(entry):
-        files.unlink_durably(item.path)
-        point("elsewhere.unmade-one")
-    entry.close()
+    elsewhere.undo(vm, entry)
 
 
 async def resume(vm: VM, entry: Entry) -> tuple[str, str]:

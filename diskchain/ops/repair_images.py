@@ -14,7 +14,7 @@ from diskchain.chain.model import Catalog, Image
 from diskchain.errors import ChainDamaged, DiskchainError
 from diskchain.host import files, locks, qemu_img, qemu_img_repair
 from diskchain.host.fault import point
-from diskchain.ops import layers, redefine, sharers
+from diskchain.ops import directories, layers, redefine, sharers
 from diskchain.ops.approve import differing, fingerprint, l2_tables, map_of
 from diskchain.ops.vm import VM
 from diskchain.store import seal as seal_store
@@ -151,8 +151,9 @@ def misnamed(vm: VM, image: Image) -> Path | None:
     """Return the file below an overlay of ours that names it, as it was frozen, without the `./` that a colon needs."""
     if not image.ours or image.backing is None or _differing(image):
         return None
-    below, name = vm.catalog.images[image.backing], sharers.backing_name(image.path) or ""
-    return below.path if qcow2.has_protocol(name) and image.path.parent / name == below.path else None
+    below = vm.catalog.images[image.backing].path
+    named = [n for n in directories.backing_names(image.path) if qcow2.has_protocol(n)]
+    return below if any(image.path.parent / name == below for name in named) else None
 
 
 async def write_path(vm: VM, image_id: str, path: Path, begin: Callable[[], None]) -> None:

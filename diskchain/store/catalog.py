@@ -113,11 +113,15 @@ def verify(catalog: Catalog) -> None:
                             "they are", hint="this is a bug, please report it; keep every file")  # fmt: skip
 
 
-def remove(records: Path) -> None:
+def remove(records: Path, *, last: str = "") -> None:
     """Remove the directory of records that do not count any more, durably; the catalog first, so that they are none from
-    then on. With the last of them goes the directory that they stand in.
+    then on. With the last of them goes the directory that they stand in. `last`: the file in it that says whose it is.
     """
     files.unlink_durably(records / "catalog.json")
+    if last:
+        for path in [path for path in records.iterdir() if path.name != last]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        files.fsync_dir(records)
     shutil.rmtree(records)
     files.fsync_dir(records.parent)
     if not any(records.parent.iterdir()):

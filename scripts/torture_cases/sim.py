@@ -205,9 +205,13 @@ def put(found: Mapping[str, Found], directory: Path, before: Path) -> None:
             path = Path(root) / name
             if str(path.relative_to(directory)) not in found:
                 path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    there: dict[Node, Path] = {}
     for where, one in found.items():
         path, origin = directory / where, one.node.origin
-        if one.content is None and origin not in (None, where) and not one.node.is_dir:
+        if (known := there.setdefault(one.node, path)) != path:
+            path.unlink(missing_ok=True)
+            path.hardlink_to(known)
+        elif one.content is None and origin not in (None, where) and not one.node.is_dir:
             path.unlink(missing_ok=True)
             subprocess.run(["cp", "--archive", "--sparse=always", str(before / str(origin)), str(path)], check=True)
         else:

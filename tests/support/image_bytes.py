@@ -25,6 +25,18 @@ def copy_sparse(source: str, target: str) -> None:
     shutil.copystat(source, target)
 
 
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a directory; files with several names in it have them in the copy, too."""
+    copies: dict[tuple[int, int], str] = {}
+
+    def copy(old: str, new: str) -> None:
+        status = os.stat(old)
+        known = copies.setdefault((status.st_dev, status.st_ino), new)
+        copy_sparse(old, new) if known == new else os.link(known, new)
+
+    shutil.copytree(source, target, symlinks=True, copy_function=copy)
+
+
 def chain_bytes(path: Path) -> str:
     """Return a digest over every byte of an image and of all that it stands on, up to a missing file.
 

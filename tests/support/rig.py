@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.guest import boot_words, guest_files
-from tests.support.image_bytes import chain_bytes, copy_sparse
+from tests.support.image_bytes import chain_bytes, copy_tree
 from tests.support.zygote import Zygote, heed_signals
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -280,13 +280,13 @@ class Rig:
         """Copy the whole directory away; `restore_template` brings it back."""
         template = self.dir.with_suffix(f".{name}")
         shutil.rmtree(template, ignore_errors=True)
-        shutil.copytree(self.dir, template, symlinks=True, copy_function=copy_sparse)
+        copy_tree(self.dir, template)
         return template
 
     def restore_template(self, template: Path) -> None:
         """Put the directory back as it was, with the times of its files."""
         shutil.rmtree(self.dir)
-        shutil.copytree(template, self.dir, symlinks=True, copy_function=copy_sparse)
+        copy_tree(template, self.dir)
 
     def destroy(self) -> None:
         """Kill the machine and remove everything."""

@@ -65,7 +65,8 @@ class Roaming(Rig):
         there = {p for p in self.dir.rglob("*") if p.suffix in (".qcow2", ".raw") and p.is_file()}
         wrong = [f"orphan {os.path.relpath(p, self.dir)}" for p in sorted(there - self.images())]
         wrong += [f"missing {os.path.relpath(p, self.dir)}" for p in sorted(self.images() - there) if not p.exists()]
-        wrong += [f"leftover {p}" for p in self.dir.rglob("*.trash")] + [f"open journal {p}" for p in self.journal()]
+        left = [p for name in ("*.trash", ".diskchain-new-*") for p in self.dir.rglob(name)]
+        wrong += [f"leftover {p}" for p in left] + [f"open journal {p}" for p in self.journal()]
         wrong += [f"second records {p}" for p in self.dir.rglob(".diskchain/*") if p != self._catalog.parent]
         for path in sorted(self.images()):
             if path.suffix == ".qcow2":
