@@ -49,13 +49,17 @@ class Image:
 
 @dataclass(frozen=True)
 class Memory:
-    """The saved memory of a snapshot. `status` is none, saving, saved or failed; sizes in bytes."""
+    """The saved memory of a snapshot. `status` is none, saving, saved or failed; sizes in bytes.
+
+    `configuration`: the sha256 of the one that it loads into; older versions did not note it.
+    """
 
     status: str = "none"
     bytes: int = 0
     sha256: str = ""
     seconds: float = 0.0
     reason: str = ""
+    configuration: str = ""
 
     @property
     def saved(self) -> bool:

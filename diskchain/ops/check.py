@@ -31,6 +31,7 @@ from diskchain.errors import (
 from diskchain.host import files, locks, qemu_img
 from diskchain.ops import check_domain, check_states, drift, layers, leftovers, moved
 from diskchain.ops.approve import checked_header, differing, fingerprint
+from diskchain.ops.definitions import verify_for_memory
 from diskchain.ops.look import expired
 from diskchain.ops.looked import Look, look
 from diskchain.ops.vm import Host, definition_at, naming
@@ -276,10 +277,13 @@ def _snapshot(seen: Look, home: Home, snapshot: Snapshot, deep: bool) -> Iterato
     if {snapshot.id, snapshot.name} & seen.in_flight:
         return
     if not snapshot.deleted:
+        code = "configuration-unreadable"
         try:
             definition_at(home, snapshot)
+            code = "configuration-changed"
+            verify_for_memory(home, snapshot)
         except DiskchainError as problem:
-            yield error("configuration-unreadable", subject, problem.message, problem.hint)
+            yield error(code, subject, problem.message, problem.hint)
         yield from check_states.copies(home, snapshot, subject)
     if snapshot.memory.status == "failed":
         yield info("memory-failed", subject, f"its memory was not saved: {snapshot.memory.reason}")

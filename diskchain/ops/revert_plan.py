@@ -24,6 +24,7 @@ from diskchain.errors import (
 from diskchain.host import files
 from diskchain.ops import layers, room, save_memory, state_files
 from diskchain.ops.create import METADATA
+from diskchain.ops.definitions import verify_for_memory
 from diskchain.ops.places import LIBVIRT
 from diskchain.ops.vm import VM, definition_at, new_id, now_utc
 
@@ -141,11 +142,14 @@ async def _configuration(vm: VM, snapshot: Snapshot, request: Request, *, with_m
                          loads: bool) -> tuple[Definition, list[str]]:  # fmt: skip
     """Return the configuration of afterwards, and in words what changes by it. `loads`: the VM runs from its memory then.
 
-    Raise Refused when the present one is to be kept with memory that was saved under another.
+    Raise Refused when the present one is to be kept with memory that was saved under another, ChainDamaged when the memory
+    was saved under another than is recorded.
     """
     now = _without_memory(vm, snapshot, await _present(vm))
     if request.only:
         return now, _attached_for_good(vm, now, [])
+    if with_memory:
+        verify_for_memory(vm.home, snapshot)
     then = read_definition(vm, snapshot)
     after = _without_memory(vm, snapshot, then)
     changes = vm.driver.differences(now, after)

@@ -17,8 +17,9 @@ from diskchain.host import files
 from diskchain.host.fault import point, skipped
 from diskchain.host.process import our_module, run, spawn_detached, uninterrupted
 from diskchain.ops import state_files
+from diskchain.ops.definitions import definition_at, digest_at
 from diskchain.ops.progress import Progress
-from diskchain.ops.vm import VM, definition_at
+from diskchain.ops.vm import VM
 from diskchain.store import memory_file
 from diskchain.store.catalog import Home, restore_overlay
 from diskchain.store.journal import Entry
@@ -235,7 +236,7 @@ async def seal(home: Home, snapshot_id: str, seconds: float) -> Memory:
     if path == part:
         files.rename_durably(part, final)
     point("memory.renamed")
-    return Memory("saved", size, digest, round(seconds, 3))
+    return Memory("saved", size, digest, round(seconds, 3), configuration=digest_at(home, snapshot_id))
 
 
 def leave_to_finisher(vm: VM) -> None:

@@ -1,6 +1,7 @@
 """Saved memory that is not what was saved: refused (exit 8) before any QEMU is started, nothing changed.
 
-What is damaged: QEMU's stream and the fields of the header in front of it (not the XML, which may be edited).
+What is damaged: QEMU's stream and the fields of the header in front of it (not the XML, which may be edited); or memory of
+another machine type or of other devices is in its place, or their configuration beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from scripts.torture_cases.tree import RigWorker
 from tests.support.rig import MiB, Rig
 from tests.support.zygote import Zygote
 
+OTHERS = {
+    "pc": 'machine = "pc"',
+    "rng": 'extra = ["-device", "virtio-rng-pci"]',
+}  # by snapshot: another type, a device more
 HEADER_BITS = (*range(16 * 8), *range(16 * 8, 24 * 8), *range(28 * 8, 32 * 8))  # magic, version, length, compression
 
 
@@ -46,32 +51,46 @@ class Memory(Campaign):
     counts: ClassVar[tuple[int, int, int]] = (60, 2000, 10000)
 
     def cases(self) -> Iterator[str]:
-        return (f"{name}:{n}" for n in itertools.count() for name in DAMAGES)
+        return (f"{name}:{n}" for n in itertools.count() for name in KINDS)
 
     def worker(self, place: Path) -> Worker:
         return MemoryWorker(self.seed, place)
 
 
 class MemoryWorker(RigWorker[MemoryRig]):
-    """A machine that is off, with two snapshots with memory."""
+    """A machine that is off, with four snapshots with memory, the last two of them of other machines."""
 
     def __init__(self, seed: int, place: Path) -> None:
         rig = MemoryRig(place / "vm", size=MiB, targets=("vda",), memory="64 MiB", zygote=Zygote())
         super().__init__(seed, place, rig)
         self._rig.prepare(place)
         self._rig.build(guest=False)
+        self._snapshots("one", "two")
+        assert self._rig.started.exists()
+        for name, line in OTHERS.items():
+            self._define(line)
+            self._snapshots(name)
+        self._define("")
+        self._good = {name: self._file_of(name, "memory").read_bytes() for name in ("one", "two", *OTHERS)}
+        self._configurations = {name: self._file_of(name, "machine.json").read_bytes() for name in ("one", *OTHERS)}
+        assert len({*self._good.values()}) == 4 and len({*self._configurations.values()}) == 3
+
+    def _snapshots(self, *names: str) -> None:
         self._rig.ok("start", "vm")
-        for name in ("one", "two"):
+        for name in names:
             self._rig.ok("create", "vm", name, "--memory")
         self._rig.ok("stop", "vm", "--force", "-y")
-        assert self._rig.started.exists()
-        self._good = {name: self._memory_of(name).read_bytes() for name in ("one", "two")}
-        assert self._good["one"] != self._good["two"]
+
+    def _define(self, line: str) -> None:
+        """Define the machine as it was built, with one line more."""
+        file = self._rig.dir / "other.toml"
+        file.write_text(f"{line}\n{(self._rig.dir / 'vm.toml').read_text()}")
+        self._rig.ok("machine", "define", str(file))
 
     def run(self, case: str) -> Result:
         rng = random.Random(f"memory {self._seed} {case}")
-        path, good = self._memory_of("one"), self._good["one"]
-        bad = DAMAGES[case.split(":")[0]](good, self._good["two"], rng)
+        kind = case.split(":")[0]
+        path, good, bad = self._damaged(kind, rng)
         if bad == good:
             return Result(case, hit=False)
         path.write_bytes(bad)
@@ -86,9 +105,17 @@ class MemoryWorker(RigWorker[MemoryRig]):
         path.write_bytes(good)
         return Result(case, wrong=wrong, silent=answer.code == 0, note=answer.err.strip()[:200])
 
-    def _memory_of(self, name: str) -> Path:
+    def _damaged(self, kind: str, rng: random.Random) -> tuple[Path, bytes, bytes]:
+        """The file that is damaged, what it holds, and what it is to hold."""
+        what, _, other = kind.partition("-of-")
+        if what == "configuration":
+            return self._file_of("one", "machine.json"), self._configurations["one"], self._configurations[other]
+        good = self._good["one"]
+        return self._file_of("one", "memory"), good, DAMAGES[kind](good, self._good[other or "two"], rng)
+
+    def _file_of(self, name: str, what: str) -> Path:
         (snapshot,) = (s for s in self._rig.catalog()["snapshots"].values() if s["name"] == name)
-        (path,) = self._rig.dir.glob(f".diskchain/*/snapshots/{snapshot['id']}/memory")
+        (path,) = self._rig.dir.glob(f".diskchain/*/snapshots/{snapshot['id']}/{what}")
         return path
 
 
@@ -134,6 +161,11 @@ def _other_file(_data: bytes, other: bytes, _rng: random.Random) -> bytes:
     return other
 
 
+def _of_another(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """The whole file, or the stream behind the header that was there."""
+    return other if rng.random() < 0.5 else data[: _stream(data)] + other[_stream(other) :]
+
+
 def _other_stream(data: bytes, other: bytes, rng: random.Random) -> bytes:
     at = rng.randrange(_stream(data), min(len(data), len(other)))
     return (data[:at] + other[at:]).ljust(len(data), b"\0")[: len(data)]
@@ -148,4 +180,6 @@ Damage = Callable[[bytes, bytes, random.Random], bytes]
 DAMAGES: dict[str, Damage] = {
     "flip": _flip_stream, "flip-header": _flip_header, "cut": _cut, "longer": _longer, "zeroed": _zeroed, "garbage": _garbage,
     "other-file": _other_file, "other-stream": _other_stream, "moved": _moved,
+    "memory-of-pc": _of_another, "memory-of-rng": _of_another,
 }  # fmt: skip
+KINDS = (*DAMAGES, "configuration-of-pc", "configuration-of-rng")

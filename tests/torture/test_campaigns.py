@@ -15,6 +15,7 @@ from scripts.torture_cases.controls import COPIES, Controls, failed_sync_of_a_la
 from scripts.torture_cases.faults import FaultsWorker, FlushesWorker, ShimTree, points, shuffled, sync_points
 from scripts.torture_cases.fuzz import FuzzWorker
 from scripts.torture_cases.kills import Kills, KillsWorker
+from scripts.torture_cases.memory import KINDS, Memory, MemoryWorker
 from scripts.torture_cases.parsers import NAMES
 from scripts.torture_cases.power import PowerWorker
 from scripts.torture_cases.power_live import PowerLiveWorker
@@ -98,6 +99,15 @@ def test_an_edit_whose_sync_fails_does_not_say_that_nothing_changed(tree: ShimTr
     every = [case for case in points(tree, ("undelete", "delete-later")) if case.endswith("-sticky")]
     cases = random.Random(SEED).sample(every, 12)
     require_nothing_lost(FaultsWorker(tree), cases, len(cases))
+
+
+def test_damaged_memory_is_refused_before_any_qemu_is_started(tmp_path: Path) -> None:
+    """Every kind of damage; memory, or the configuration, of another machine type and of other devices among them."""
+    worker = MemoryWorker(SEED, tmp_path / "memory")
+    try:
+        require_nothing_lost(worker, Memory(SEED, tmp_path).cases(), 2 * len(KINDS))
+    finally:
+        worker.close()
 
 
 def test_starts_in_the_middle_of_a_merge_lose_nothing(tmp_path: Path) -> None:
