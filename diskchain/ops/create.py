@@ -329,11 +329,13 @@ async def _switch(vm: VM, entry: Entry, prepared: Prepared, memory_fd: int | Non
                   capture: state_files.Capture) -> Snapshot:  # fmt: skip
     """Cross the point of no return: from `prepared` to `switched` (or `saving`)."""
     if prepared.state.is_off:
-        capture.copy()
-        entry.advance("prepared")
-        _name_overlays(vm, prepared)
-        point("create.named")
-        foreign = await vm.driver.align(vm.catalog.active_chains())
+        with layers.kept_off(vm.catalog):
+            await vm.require_off()
+            capture.copy()
+            entry.advance("prepared")
+            _name_overlays(vm, prepared)
+            point("create.named")
+            foreign = await vm.driver.align(vm.catalog.active_chains())
         if foreign:
             raise ChainDamaged(f"{', '.join(foreign)} of {vm.name} was switched to other files by something else just now",
                                hint=f"take them up: diskchain adopt {vm.name}")  # fmt: skip

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +106,18 @@ def refuse_foreign_writers(catalog: Catalog) -> None:
         if path.is_file() and locks.has_writer(path):
             raise Busy(f"{path} is being written by {locks.open_by(path)}, though {catalog.name} is off",
                        hint="end that program first")  # fmt: skip
+
+
+@contextlib.contextmanager
+def kept_off(catalog: Catalog) -> Iterator[None]:
+    """Keep every QEMU from starting on the active layers of a VM that is off, while its layers are switched.
+
+    Its manager may start it at any time. Look whether it is off inside: one that began a moment before may have no image
+    open yet, and fails. Raise Busy when one is at work.
+    """
+    paths = [catalog.images[i].path for i in catalog.active.values()]
+    with locks.guard_images((), wait=1.0, users=locks.open_by, readers=paths):
+        yield
 
 
 def freeze(catalog: Catalog, ids: Iterable[str]) -> Catalog:

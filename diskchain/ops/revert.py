@@ -73,16 +73,20 @@ async def revert(vm: VM, request: Request, progress: Progress = QUIET) -> Revert
         vm.save(vm.catalog)  # with the disks that it has now
     with _verified_memory(vm, prepared) as memory:
         entry = journal.begin(vm.home, "revert", new_id(), now_utc(), _journal_data(vm, prepared))
-        try:
-            await layers.make_overlays(vm.catalog, prepared.overlays)
-            await vm.driver.check_files([image.path for image in prepared.overlays.values()], written=True)
-            state_files.stage(vm, entry.id, prepared.definition, entry.data["states"], prepared.copies)
-            await _stop(vm, entry, prepared.keep, progress)
-        except (DiskchainError, OSError, asyncio.CancelledError):
-            await undo(vm, entry)
-            raise
-        entry.advance("switched")
-        await _switch(vm, entry)
+        with contextlib.ExitStack() as held:
+            try:
+                await layers.make_overlays(vm.catalog, prepared.overlays)
+                await vm.driver.check_files([image.path for image in prepared.overlays.values()], written=True)
+                state_files.stage(vm, entry.id, prepared.definition, entry.data["states"], prepared.copies)
+                if prepared.state.is_off:
+                    held.enter_context(layers.kept_off(vm.catalog))
+                await _stop(vm, entry, prepared, progress)
+            except (DiskchainError, OSError, asyncio.CancelledError):
+                held.close()
+                await undo(vm, entry)
+                raise
+            entry.advance("switched")
+            await _switch(vm, entry)
         await _load(vm, entry, memory)
     await wake(vm, entry, progress)
     await finish(vm, entry)
@@ -154,11 +158,12 @@ def _journal_data(vm: VM, prepared: Prepared) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def _stop(vm: VM, entry: Entry, keep: Snapshot | None, progress: Progress) -> None:
+async def _stop(vm: VM, entry: Entry, prepared: Prepared, progress: Progress) -> None:
     """Stop the VM where it stands; with its memory if that was asked for. What is kept of it is whole then."""
+    keep = prepared.keep
     if keep is None:
         point("revert.stopping")
-        await vm.driver.quit()
+        await _quit(vm, prepared)
     else:
         definition = await record_configuration(vm, keep.id)
         with contextlib.closing(state_files.Capture(vm, keep.id, definition)) as capture:
@@ -167,10 +172,23 @@ async def _stop(vm: VM, entry: Entry, keep: Snapshot | None, progress: Progress)
                 entry.data["keep"]["memory"] = asdict(memory)
                 entry.data["keep"]["consistency"] = "memory"
             point("revert.stopping")
-            await vm.driver.quit()
+            await _quit(vm, prepared)
             capture.copy()  # now nobody writes to them any more
         entry.data["keep"]["captured"] = state_files.finish_capture(vm, keep.id, definition)
     entry.advance("stopped")
+
+
+async def _quit(vm: VM, prepared: Prepared) -> None:
+    """End the VM that was looked at, as it was: not one that was started since, nor one whose disks something else switched
+    (what the guest wrote since would be in layers that no record names). Raise Busy, ChainDamaged.
+    """
+    if prepared.state.is_off:
+        await vm.require_off()
+    else:
+        if prepared.state is VMState.RUNNING:
+            await vm.driver.pause()
+        await vm.verify_running(same_disks=False)
+    await vm.driver.quit()
 
 
 async def _save_while_stopped(vm: VM, keep: Snapshot, progress: Progress) -> Memory:
@@ -330,7 +348,8 @@ async def undo(vm: VM, entry: Entry) -> None:
     catalog = catalog.with_images(replace(catalog.images[i], fingerprint=None) for i in before["active"].values())
     restarts = entry.data["was"] != "stopped" and (await vm.driver.state()).is_off
     old = before.get("restart", before["definition"]) if restarts else before["definition"]
-    await vm.driver.define(Definition(**old), catalog.active_chains())
+    if entry.state != "intent" or restarts:  # until then nothing was defined; what is may be somebody else's doing
+        await vm.driver.define(Definition(**old), catalog.active_chains())
     vm.save(catalog)
     for image in overlays.values():
         files.unlink_durably(image.path)

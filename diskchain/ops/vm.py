@@ -132,6 +132,12 @@ class VM:
                                    hint="something else than diskchain switched its disks; stop the VM and look")  # fmt: skip
 
 
+    async def require_off(self) -> None:
+        """Raise Busy when a VM that was off when we looked at it has been started since."""
+        if not (await self.driver.state()).is_off:
+            raise Busy(f"{self.name} was started by something else a moment ago", hint="look at it, then try again")
+
+
 @dataclass(frozen=True)
 class Neighbour:
     """A VM of this host as its manager knows it. `disks`: what its definition names; `home`: its records, if it has any."""

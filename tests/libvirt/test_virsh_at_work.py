@@ -140,7 +140,7 @@ def test_virsh_at_work_in_our_revert_of_a_domain_that_is_off(domain: Make, what:
             rig.virsh("domrename", "vm", "other")
             rig.name = "other"
         elif what == "start":
-            rig.virsh("start", "vm", "--paused")
+            assert 'Failed to get "write" lock' in rig.virsh("start", "vm", "--paused", ok=False)
         else:
             rig.virsh("undefine", "vm")
 
@@ -151,8 +151,6 @@ def test_virsh_at_work_in_our_revert_of_a_domain_that_is_off(domain: Make, what:
         rig.virsh("define", str(xml))
     if rig.journal():
         rig.ok("recover", rig.name)
-    if what == "start":
-        rig.virsh("destroy", "vm")
     wait_for(lambda: rig.virsh("domstate", rig.name) == "shut off", "it is off")
     verdicts = [rig.verdict(present=present) for present in ("now", "s0")]
     assert [] in verdicts, (code, err, verdicts)
@@ -217,3 +215,60 @@ def test_create_that_was_killed_as_virsh_attached_a_disk_says_so_after_recover(d
     rig.ok("create", "vm", "s2", "--memory")
     rig.virsh("destroy", "vm")
     assert rig.file_verdict() == []
+
+
+@pytest.mark.parametrize("point", ["revert.intent.after", "revert.stopping"])
+def test_virsh_snapshots_in_our_revert_and_nothing_that_was_written_is_lost(domain: Make, point: str) -> None:
+    """It is given up; the domain goes on, on theirs."""
+    rig = paused(domain)
+    rig.remember("now")
+    rig.expected["before"] = rig.expected["now"]
+    rig.ok("create", "vm", "before", "--disk-only")
+    made: dict[str, Path] = {}
+    code, err = stopped_at(rig, point, "revert", "vm", "before", "-y", meanwhile=lambda: made.update(theirs(rig)))
+    assert code == 8 and "theirs" in err and "Traceback" not in err, (code, err)
+    assert rig.journal() == [] and set(rig.snapshots()) == {"before"}
+    taken_up(rig, made)
+
+
+@pytest.mark.parametrize("point", ["create.intent.after", "create.prepared.before", "create.named"])
+def test_virsh_starts_the_domain_in_our_create_while_it_was_off(domain: Make, point: str) -> None:
+    """Started before we hold its layers: no snapshot, it runs. After that: the start is refused, and works later."""
+    rig = domain(guest=False, size=8 * MiB)
+    rig.remember("now")
+    rig.expected["before"] = rig.expected["now"]
+    rig.ok("create", "vm", "before")
+    said: list[str] = []
+    code, err = stopped_at(
+        rig, point, "create", "vm", "s0", meanwhile=lambda: said.append(rig.virsh("start", "vm", "--paused", ok=False))
+    )
+    ours = point != "create.intent.after"
+    assert code == (0 if ours else 5) and ("lock" in said[0]) is ours, (code, err, said)
+    assert ("s0" in rig.snapshots()) is ours and rig.journal() == []
+    if ours:
+        rig.expected["s0"] = rig.expected["now"]
+        rig.virsh("start", "vm", "--paused")
+    assert rig.sources() == rig.sources(inactive=True) == rig.active()
+    rig.virsh("destroy", "vm")
+    assert rig.verdict(present="now") == [] and rig.ok("check", "vm").code == 0
+
+
+@pytest.mark.parametrize("point", ["revert.intent.after", "revert.stopping"])
+def test_virsh_starts_the_domain_in_our_revert_while_it_was_off(domain: Make, point: str) -> None:
+    """The guest that was started is not ended: the revert is given up, or the start was refused."""
+    rig = domain(guest=False, size=8 * MiB)
+    rig.remember("now")
+    rig.expected["before"] = rig.expected["now"]
+    rig.ok("create", "vm", "before")
+    said: list[str] = []
+    code, err = stopped_at(
+        rig, point, "revert", "vm", "before", "-y", "--stopped",
+        meanwhile=lambda: said.append(rig.virsh("start", "vm", "--paused", ok=False)),
+    )  # fmt: skip
+    if "lock" not in said[0]:
+        assert code == 5 and rig.virsh("domstate", "vm") == "paused", (code, err)
+        rig.virsh("destroy", "vm")
+    else:
+        assert code == 0, (code, err)
+        rig.expected["before-revert-1"] = rig.expected["now"]
+    assert rig.journal() == [] and rig.verdict(present="now") == []
