@@ -52,7 +52,7 @@ _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: VMState.RUNNING,
     libvirt.VIR_DOMAIN_BLOCKED: VMState.RUNNING,
     libvirt.VIR_DOMAIN_PAUSED: VMState.PAUSED,
-    libvirt.VIR_DOMAIN_PMSUSPENDED: VMState.PAUSED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: VMState.SUSPENDED,
     libvirt.VIR_DOMAIN_SHUTDOWN: VMState.RUNNING,  # it is about to end; until then its process has the disks
     libvirt.VIR_DOMAIN_SHUTOFF: VMState.STOPPED,
     libvirt.VIR_DOMAIN_CRASHED: VMState.CRASHED,
@@ -151,8 +151,12 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
                           f"virsh define {self.name}.xml")  # fmt: skip
         if operation == "create":
             self.refuse_state(await self._xml(SECURE))
-        if (await self.state()).is_off:
+        state = await self.state()
+        if state.is_off:
             return
+        if operation == "create" and state is VMState.SUSPENDED:
+            raise Refused(f"the guest of {self.name} sleeps (suspended to RAM); libvirt makes no snapshot of it now",
+                          hint=f"wake it: diskchain resume {self.name}")  # fmt: skip
         if (await called("ask for jobs", self._domain.jobInfo))[0] != libvirt.VIR_DOMAIN_JOB_NONE:
             raise Refused(f"libvirt is at work on {self.name}", hint=f"virsh domjobinfo {self.name}; wait for its end")
         believed = await self.active_files()
@@ -245,7 +249,7 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
     async def start_from_memory(self, definition: Definition, chains: Chains, memory: int) -> None:
         """Restore from the file behind the descriptor, with the XML of then and the disks of now, paused."""
         path = os.readlink(f"/proc/self/fd/{memory}")  # noqa: PTH115 - libvirtd opens it itself
-        xml = domain_xml.with_sources(self._as_named_now(definition, _live(definition)), _tops(chains))
+        xml = domain_xml.with_sources(self.as_named_now(definition, _live(definition)), _tops(chains))
         flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
         await called("load the memory", self._connection.restoreFlags, path, xml, flags)
         state = await self.state()
@@ -309,6 +313,10 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
             return
         await called("resume the domain", self._domain.resume)
 
+    async def wake_up(self) -> None:
+        """What virsh calls dompmwakeup."""
+        await called("wake the guest", self._domain.pMWakeup, 0)
+
     # -- configuration ---------------------------------------------------------------------------------------------
 
     @patient
@@ -337,22 +345,6 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
     async def memory_label(self, disks: Mapping[str, Path]) -> str:
         """The live XML: with it `virsh restore` starts the domain, on overlays that are made first (RECOVER.txt)."""
         return domain_xml.with_sources(await self._xml(MIGRATABLE), {t: (p, "qcow2") for t, p in disks.items()})
-
-    def label_now(self, definition: Definition, label: str) -> str:
-        """libvirt loads no memory whose label has another name than the domain, or than the XML that it is given."""
-        try:
-            domain_xml.parse(label)
-        except DriverFailed:  # it was cut off as it was written anew
-            label = _live(definition)
-        return self._as_named_now(definition, label)
-
-    def _as_named_now(self, definition: Definition, xml: str) -> str:
-        """A renamed domain has its UEFI variables elsewhere, too, where libvirt chose their place."""
-        if domain_xml.name(xml) == self.name:
-            return xml
-        if domain_xml.nvram(_persistent(definition)) is None:
-            xml = domain_xml.with_nvram(xml, self.usual_nvram())
-        return domain_xml.with_name(xml, self.name)
 
     # -- snapshot --------------------------------------------------------------------------------------------------
 

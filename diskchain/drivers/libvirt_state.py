@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diskchain.drivers import domain_xml, tpm
 from diskchain.drivers.protocol import Definition, StateFile
-from diskchain.errors import Refused
+from diskchain.errors import DriverFailed, Refused
 from diskchain.host import libvirt_daemon
 
 _SYSTEM = Path("/var/lib/libvirt")
@@ -65,6 +65,23 @@ class DomainState:
             found.append(StateFile("tpm", self._tpm_dir(), directory=True, pattern=tpm.PATTERN, settles=False,
                                    made_by_manager=True, in_use=on))  # fmt: skip
         return found
+
+    def label_now(self, definition: Definition, label: str) -> str:
+        """libvirt loads no memory whose label has another name than the domain, or than the XML that it is given."""
+        try:
+            domain_xml.parse(label)
+        except DriverFailed:  # it was cut off as it was written anew
+            text = json.loads(definition.text)
+            label = str(text["live"] or text["persistent"])
+        return self.as_named_now(definition, label)
+
+    def as_named_now(self, definition: Definition, xml: str) -> str:
+        """A renamed domain has its UEFI variables elsewhere, too, where libvirt chose their place."""
+        if domain_xml.name(xml) == self.name:
+            return xml
+        if domain_xml.nvram(str(json.loads(definition.text)["persistent"])) is None:
+            xml = domain_xml.with_nvram(xml, self.usual_nvram())
+        return domain_xml.with_name(xml, self.name)
 
     def refuse_state(self, xml: str) -> None:
         """Raise Refused when the domain has UEFI variables or a TPM whose state can't be in a snapshot."""

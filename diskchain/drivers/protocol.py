@@ -21,10 +21,13 @@ Chains = Mapping[str, Sequence[Image]]
 
 
 class VMState(enum.Enum):
-    """What the VM does. `critical`: it stopped itself because a disk had no space or failed."""
+    """What the VM does. `critical`: it stopped itself because a disk had no space or failed. `suspended`: the guest sleeps
+    (ACPI S3): its processors stand until something wakes it, an alarm of its own clock too.
+    """
 
     RUNNING = "running"
     PAUSED = "paused"
+    SUSPENDED = "suspended"
     STOPPED = "stopped"
     CRITICAL = "paused-critical"
     CRASHED = "crashed"
@@ -263,7 +266,10 @@ class Driver(Protocol):
         """Stop the virtual CPUs."""
 
     async def resume(self) -> None:
-        """Let the virtual CPUs go on, if they do not run already."""
+        """Let the virtual CPUs go on, if they do not run already. A guest that sleeps goes on sleeping."""
+
+    async def wake_up(self) -> None:
+        """Wake a guest that sleeps (`VMState.SUSPENDED`)."""
 
     # -- console
     async def open_serial(self) -> Serial:

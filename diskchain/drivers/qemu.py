@@ -42,6 +42,7 @@ SOCKETS = ("qmp", "info", "watch", "switch")
 
 _STATES = {
     "running": VMState.RUNNING,
+    "suspended": VMState.SUSPENDED,
     "io-error": VMState.CRITICAL,
     "guest-panicked": VMState.CRASHED,
     "internal-error": VMState.CRASHED,
@@ -348,6 +349,10 @@ class QemuDriver(QemuDisks, QemuAgent, MemorySaver):
         """QMP cont, unless it runs already."""
         if (await self._execute("query-status"))["status"] != "running":
             await self._execute("cont")
+
+    async def wake_up(self) -> None:
+        """QMP system_wakeup."""
+        await self._execute("system_wakeup")
 
     # -- console ---------------------------------------------------------------------------------------------------
 

@@ -64,13 +64,10 @@ class Watchdog:
             if not line:
                 break
             await self._obey(line.decode("ascii", "replace").split())
-        armed = self._armed
         await self._let_go()
         if self._saves:
             _hang_up()
             await self._vm.free_after_save()
-            if armed:
-                await self._vm.let_go_on()  # one that failed in its first moments leaves the guest paused
         await self._vm.close()
         if self._thawing:
             await self._thawing

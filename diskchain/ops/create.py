@@ -223,6 +223,7 @@ async def _decide_memory(vm: VM, wanted: str, state: VMState) -> str:
         return "never"
     if state.is_off:
         raise MemoryNotSaved(f"{vm.name} is off; it has no memory to save", hint="leave --memory away")
+    await save_memory.refuse_sleeping(vm.driver, f"wake it: diskchain resume {vm.name}; or use --disk-only")
     await vm.driver.check_memory_save()
     blockers = await vm.driver.memory_blockers()
     if blockers:

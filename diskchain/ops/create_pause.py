@@ -11,6 +11,7 @@ from diskchain.drivers.protocol import Driver, PauseGuard
 from diskchain.errors import MemoryNotSaved
 from diskchain.host.fault import point
 from diskchain.ops.quiesce import Freeze
+from diskchain.ops.save_memory import refuse_sleeping
 from diskchain.ops.state_files import Capture
 
 LIMIT = 9.0  # seconds until the watchdog lets the VM go on: the guest runs again within 10
@@ -49,6 +50,8 @@ class Pause:
             await self._freeze.end()
 
     async def _stand_still(self) -> None:
+        if self._save != "never":  # it may have gone to sleep since we looked
+            await refuse_sleeping(self._driver, "try again when it is awake")
         if self._save == "background":
             self._guard.watch_save()
         self._began = time.perf_counter()

@@ -103,11 +103,14 @@ async def can_switch(vm: VM, *, run: bool) -> bool:
     state = await vm.driver.state()
     if state.is_off:
         raise Refused(f"{vm.name} is off", hint=f"diskchain start {vm.name}")
+    if state is VMState.SUSPENDED and not run:
+        raise Refused(f"the guest of {vm.name} sleeps (suspended to RAM); it can't be paused now, and may wake by itself",
+                      hint=f"diskchain resume {vm.name} wakes it; then pause it")  # fmt: skip
     return (state is VMState.RUNNING) != run
 
 
 async def pause(vm: VM) -> bool:
-    """Stop the virtual CPUs; return False when they stand already. Raise Refused when the VM is off."""
+    """Stop the virtual CPUs; return False when they stand already. Raise Refused when the VM is off, or its guest sleeps."""
     if not await can_switch(vm, run=False):
         return False
     await vm.driver.pause()
@@ -115,10 +118,14 @@ async def pause(vm: VM) -> bool:
 
 
 async def resume(vm: VM, progress: Progress = QUIET) -> bool:
-    """Let the virtual CPUs go on; return False when they run already. Raise Refused when the VM is off."""
+    """Let the virtual CPUs go on, wake a guest that sleeps; return False when they run already.
+
+    Raise Refused when the VM is off.
+    """
     if not await can_switch(vm, run=True):
         return False
-    await vm.driver.resume()
+    sleeps = await vm.driver.state() is VMState.SUSPENDED
+    await (vm.driver.wake_up() if sleeps else vm.driver.resume())
     await _wake(vm, progress)
     return True
 

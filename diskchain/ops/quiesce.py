@@ -64,8 +64,8 @@ class Freeze:
 
 async def refuse_without_agent(vm: VM, state: VMState) -> None:
     """Raise Refused, AgentMissing when a running VM can't be quiesced."""
-    if state is VMState.PAUSED:
-        raise Refused(f"{vm.name} is paused; its file systems can't be frozen now",
+    if state in (VMState.PAUSED, VMState.SUSPENDED):
+        raise Refused(f"{vm.name} is {state.value}; its file systems can't be frozen now",
                       hint=f"diskchain resume {vm.name}, or leave --quiesce away")  # fmt: skip
     await vm.driver.check_agent()
 

@@ -196,6 +196,7 @@ async def _save_while_stopped(vm: VM, keep: Snapshot, progress: Progress) -> Mem
     fd = await save_memory.make_file(vm, keep.id, was_running=keep.was == "running")
     try:
         await vm.driver.prepare_memory_save(fd, background=False)
+        await save_memory.refuse_sleeping(vm.driver, "leave --keep-memory away, or try again when it is awake")
         await vm.driver.pause()
         point("revert.saving")
         await vm.driver.start_memory_save(background=False)
@@ -390,7 +391,7 @@ async def _is_on(vm: VM, overlays: Mapping[str, Image]) -> bool:
 
 async def _power_as_before(vm: VM, was: str) -> None:
     state = await vm.driver.state()
-    if state.is_off and was in ("running", "paused"):
+    if state.is_off and was in ("running", "paused", "suspended"):
         await vm.driver.start(vm.catalog.active_chains(), paused=was == "paused")
     elif not state.is_off:
         await save_memory.let_do_as_before(vm, was)

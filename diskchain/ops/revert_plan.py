@@ -112,6 +112,9 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     keep = None if request.discard else _keep(vm.catalog, request, state, listed=vm.lists_snapshots)
     if keep:
         if keep.memory.status == "saving":
+            await save_memory.refuse_sleeping(
+                vm.driver, f"wake it: diskchain resume {vm.name}; or leave --keep-memory away"
+            )
             await vm.driver.check_memory_save()
         await state_files.check_can_keep(vm, with_memory=keep.memory.status == "saving")
     overlays = layers.plan_overlays(vm.catalog, disks.on)
@@ -181,10 +184,11 @@ def _attached_for_good(vm: VM, after: Definition, changes: Collection[str]) -> l
 def _wanted(vm: VM, snapshot: Snapshot, definition: Definition) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the disks that the VM has afterwards, and those that it gets only at its next start.
 
-    A disk that was only defined, and never in use yet, is none of ours: it is as it is defined.
+    A domain's disk that was only defined, and never in use yet, is none of ours: it is as it is defined.
     """
     runs, starts = vm.driver.disks(definition), vm.driver.disks(vm.driver.without_memory(definition, ()))
-    known = [t for t, path in {**runs, **starts}.items() if t in snapshot.disks or _is_known(vm.catalog, t, path)]
+    found, ours = {**runs, **starts}, vm.driver.kind != LIBVIRT
+    known = [t for t, path in found.items() if ours or t in snapshot.disks or _is_known(vm.catalog, t, path)]
     return tuple(t for t in known if t in runs), tuple(t for t in known if t not in runs)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from diskchain.chain.model import Memory, MiB, Snapshot
 from diskchain.chain.text import size as text_of
-from diskchain.drivers.protocol import VMState
-from diskchain.errors import DiskchainError, MemoryNotSaved, NoSpace, ToolFailed
+from diskchain.drivers.protocol import Driver, VMState
+from diskchain.errors import DiskchainError, MemoryNotSaved, NoSpace, Refused, ToolFailed
 from diskchain.host import files
 from diskchain.host.fault import point, skipped
 from diskchain.host.process import our_module, run, spawn_detached, uninterrupted
@@ -68,6 +68,12 @@ async def _reserve(fd: int, size: int, path: Path) -> None:
                           hint="free space, or use --disk-only") from error  # fmt: skip
         if files.free_bytes(path) < size:  # a filesystem that can't reserve
             raise NoSpace(f"no room for the memory: {text_of(size)} are needed", hint="use --disk-only") from error
+
+
+async def refuse_sleeping(driver: Driver, hint: str) -> None:
+    """Raise Refused when the guest sleeps (S3): after a save QEMU 10 ends with an error, and that of 7.2 never wakes."""
+    if await driver.state() is VMState.SUSPENDED:
+        raise Refused(f"the guest of {driver.name} sleeps (suspended to RAM); its memory can't be saved now", hint=hint)
 
 
 async def wait_and_seal(vm: VM, entry: Entry, snapshot: Snapshot, progress: Progress) -> Snapshot:

@@ -131,7 +131,6 @@ class VM:
                                    f"{self.catalog.images[known].path if known else 'nothing'}",
                                    hint="something else than diskchain switched its disks; stop the VM and look")  # fmt: skip
 
-
     async def require_off(self) -> None:
         """Raise Busy when a VM that was off when we looked at it has been started since."""
         if not (await self.driver.state()).is_off:

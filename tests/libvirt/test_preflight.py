@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from tests.support.console import Console
 from tests.support.domain import DomainRig
 from tests.support.guest import qemu_version
 from tests.support.libvirtd import Libvirtd
 from tests.support.refusals import picture, refused
-from tests.support.rig import MiB
+from tests.support.rig import MiB, wait_for
 
 SMALL = 8 * MiB
 Make = Callable[..., DomainRig]
@@ -215,3 +216,32 @@ def test_a_floppy_that_can_be_written_is_refused_and_said_by_show_and_check_when
     rig.ok("create", "vm", "s0", "--skip-disk", "fda")
     assert rig.ok("show", "vm", "s0", "--json").json["snapshot"]["partial"] == ["fda"]
     assert "vm fda" in [f["subject"] for f in rig.run("check", "vm", "--json").json["findings"]]
+
+
+@pytest.mark.timeout(300)
+def test_suspended_domain_is_refused_before_anything_changes_and_resume_wakes_it(domain: Make) -> None:
+    """libvirt makes no snapshot of a guest that sleeps, not of its disks either; no file is made before that is said."""
+    rig = domain(size=SMALL, agent=True, modes="tick,agent")
+    xml = rig.dir / "vm.xml"  # an unpacked kernel QEMU loads anew when the guest wakes, over the guest
+    xml.write_text(xml.read_text().replace("/vmlinux<", "/vmlinuz<"))
+    rig.virsh("undefine", "vm")
+    rig.virsh("define", str(xml))
+    rig.virsh("start", "vm")
+    with Console(rig.console()) as console:
+        console.wait("GUEST AGENT")
+        rig.ok("create", "vm", "s", "--disk-only")
+        rig.virsh("dompmsuspend", "vm", "mem")
+        wait_for(lambda: rig.virsh("domstate", "vm") == "pmsuspended", "it sleeps")
+        assert rig.ok("list", "vm", "--json").json["state"] == "suspended"
+        before = picture(rig.dir)
+        for words in ("--memory=paused", "--memory", "--disk-only", "--quiesce"):
+            refused(rig, "create", "vm", "t", words, code=6, says="sleeps")
+        refused(rig, "pause", "vm", code=6, says="sleeps")
+        refused(rig, "revert", "vm", "s", "--keep-memory", "-y", code=6, says="sleeps")
+        assert picture(rig.dir) == before and rig.virsh("domstate", "vm") == "pmsuspended"
+        mark = console.mark()
+        assert rig.ok("resume", "vm", "--json").json["state"] == "running"
+        console.wait(r"^T ", after=mark)
+        assert not [line for _, line in console.lines(mark) if line.startswith("GUEST UP")]
+        rig.ok("create", "vm", "t", "--memory=paused")
+    rig.virsh("destroy", "vm")
