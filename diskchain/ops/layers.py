@@ -113,9 +113,9 @@ def kept_off(catalog: Catalog) -> Iterator[None]:
     """Keep every QEMU from starting on the active layers of a VM that is off, while its layers are switched.
 
     Its manager may start it at any time. Look whether it is off inside: one that began a moment before may have no image
-    open yet, and fails. Raise Busy when one is at work.
+    open yet, and fails. A layer that is missing keeps them off itself. Raise Busy when one is at work.
     """
-    paths = [catalog.images[i].path for i in catalog.active.values()]
+    paths = [path for path in (catalog.images[i].path for i in catalog.active.values()) if path.is_file()]
     with locks.guard_images((), wait=1.0, users=locks.open_by, readers=paths):
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -152,7 +153,8 @@ class DomainRig(Rig):
         """End the domain, undefine it, remove everything."""
         pid = self.pid()
         if pid:
-            os.kill(pid, 9)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
             wait_for(lambda: has_ended(pid), "QEMU is gone")
             wait_for(lambda: self.virsh("domstate", self.name, ok=False) not in _ON, "libvirt knows it")
         self.virsh("undefine", self.name, "--snapshots-metadata", "--managed-save", "--keep-nvram", ok=False)

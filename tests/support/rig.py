@@ -6,6 +6,7 @@ through plain qemu-img and compares it with what the test itself wrote.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -292,7 +293,8 @@ class Rig:
         """Kill the machine and remove everything."""
         pid = self.pid()
         if pid:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
             wait_for(lambda: has_ended(pid), "QEMU is gone")
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.rmtree(self.dir, ignore_errors=True)
