@@ -265,7 +265,8 @@ def _plan(vm: VM, snapshot: Snapshot, disks: RevertDisks, state: VMState, keep: 
             lost.append("the programs that run now (the kept present is like after a power cut)")
     if disks.left_alone:
         steps.append(
-            f"{', '.join(disks.left_alone)} left as now; only {', '.join(disks.covered) or 'nothing'} goes back"
+            f"{', '.join(disks.left_alone)} left as now; only {', '.join(disks.covered) or 'nothing'} "
+            f"{'go' if len(disks.covered) > 1 else 'goes'} back"
         )
     unused = [t for t in snapshot.disks if t not in disks.on]
     if unused:
