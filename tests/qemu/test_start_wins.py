@@ -192,6 +192,9 @@ def test_start_makes_a_detach_that_was_not_done_forgotten(tmp_path: Path) -> Non
         start = starts_by_hand(rig)
         detach.send_signal(signal.SIGCONT)
         answer, started = end_of(detach), end_of(start)
+        if answer.code == 0 and started.code == 0:  # it was done before it looked: the start waited for that
+            assert rig.template not in rig.images() and rig.verdict(present="now") == ["orphan base/template.qcow2"]
+            return
         assert (answer.code, started.code) == (3, 0), (answer, started)
         assert f"detach interrupted: vm was started by pid {start.pid}" in answer.err
         assert rig.verdict(present="now") == [] and rig.template in rig.images()
