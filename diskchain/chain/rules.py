@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diskchain.chain.model import Catalog, GiB
-from diskchain.chain.text import size
+from diskchain.chain.text import counted, size
 
 OLD_AFTER_DAYS = 14
 DEEP_CHAIN = 50  # a 4 KiB read of a hole costs 6 us at depth 10, 37 at 50, 303 at 200 (facts.md)
@@ -126,7 +126,7 @@ def old_snapshots(vm: str, ages: Sequence[tuple[str, float]]) -> Iterator[Findin
     old = [name for name, age in ages if age > OLD_AFTER_DAYS * 86400]
     if old:
         more = f" and {len(old) - 3} more" if len(old) > 3 else ""
-        yield warning("old-snapshots", vm, f"{len(old)} snapshot{'' if len(old) == 1 else 's'} older than "
+        yield warning("old-snapshots", vm, f"{counted(len(old), 'snapshot')} older than "
                       f"{OLD_AFTER_DAYS}d: {', '.join(old[:3])}{more}", f"diskchain delete {vm} {old[0]}")  # fmt: skip
 
 

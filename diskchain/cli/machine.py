@@ -12,7 +12,7 @@ import click
 from diskchain.chain.machine import TARGET, parse_size
 from diskchain.chain.model import vm_name
 from diskchain.chain.plan import Plan
-from diskchain.chain.text import size
+from diskchain.chain.text import counted, size
 from diskchain.cli import context, render
 from diskchain.cli.app import App, common
 from diskchain.cli.options import VMName, changing_options, yes_option
@@ -58,7 +58,7 @@ def _defined(defined: ops.Defined) -> tuple[dict[str, Any], str]:
     body = {"name": made.name, "uuid": made.uuid, "home": str(defined.home), "again": defined.again,
             "macs": [net.mac for net in made.nets], "disks": [asdict(disk) for disk in made.disks]}  # fmt: skip
     word = "defined again" if defined.again else "defined"
-    count = f"{len(made.disks)} disk{'' if len(made.disks) == 1 else 's'}"
+    count = counted(len(made.disks), "disk")
     line = f"{made.name} is {word}: {size(made.memory)} of memory, {count}; records in {defined.home}"
     return body, line
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from diskchain.chain.text import printable
+from diskchain.chain.text import counted, printable
 from diskchain.cli import context
 from diskchain.cli.app import RECORD, App, Part, error_json, error_lines, explained
 from diskchain.cli.render import named
@@ -148,7 +148,7 @@ class _Many:
         if not asked:
             return
         plans, (first, *_) = [one.plan for one in asked.values()], asked.values()
-        context.ask(plans, f"{first.question.rstrip('?')} on {len(plans)} VM{'' if len(plans) == 1 else 's'}?")
+        context.ask(plans, f"{first.question.rstrip('?')} on {counted(len(plans), 'VM')}?")
         approved: dict[str, Approved] = {name: one.about for name, one in asked.items()}
         if self._jobs > 1:
             await self._in_processes(approved)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from diskchain.chain.plan import Plan
-from diskchain.chain.text import size
+from diskchain.chain.text import counted, size
 from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common, error_lines
 from diskchain.cli.options import changing_options, jobs_option, maybe_vms_argument, rate_option
@@ -89,7 +89,7 @@ async def _merge(app: App, host: Host, name: str, rate: int | None) -> Merged:
         merged = await pending.merge_pending(vm, context.progress(app), rate=rate)
         body = {"vm": vm.name, "deferred": False, "merged": [asdict(m) for m in merged],
                 "pending": [s.name for s in vm.catalog.pending()]}  # fmt: skip
-        count = f"{len(merged)} layer{'' if len(merged) == 1 else 's'} merged" if merged else NOTHING
+        count = f"{counted(len(merged), 'layer')} merged" if merged else NOTHING
         return body, [f"{vm.name}: {count}", *map(render.merged_line, merged)]
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
+from diskchain.chain.plan import Plan
+from diskchain.chain.text import counted
 from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common
 from diskchain.cli.options import changing_options, jobs_option, vms_argument
 from diskchain.ops import detach as ops_detach
 from diskchain.ops import look, redefine
 from diskchain.ops import move as ops_move
-from diskchain.ops.vm import Host
+from diskchain.ops.vm import VM, Host
+
+T = TypeVar("T")
 
 _DIR = click.Path(path_type=Path)
 
@@ -37,13 +43,8 @@ def detach(vm: str, to: Path | None, jobs: int, wait: float | None, dry_run: boo
 
 async def _detach(app: App, host: Host, name: str, directory: Path | None, dry_run: bool) -> None:
     if dry_run:
-        await context.settle_before_plan(app, host, name, "detach", dry_run=True)
-        with context.planning(app, dry_run=True) as planned:
-            async with host.look(name) as vm:
-                found = ops_detach.plan(vm, directory)
-                planned(ops_detach.to_plan(vm, found))
-                if not look.is_unfinished(vm):
-                    await ops_detach.check(vm, found)
+        plan = partial(ops_detach.plan, directory=directory)
+        await _show(app, host, name, "detach", plan, ops_detach.to_plan, ops_detach.check)
         return
     async with context.changing(app, host, name, "detach", adopt=True) as vm:
         found = ops_detach.plan(vm, directory)
@@ -73,13 +74,8 @@ def move(vm: str, to: Path, jobs: int, wait: float | None, dry_run: bool) -> Non
 
 async def _move(app: App, host: Host, name: str, directory: Path, dry_run: bool) -> None:
     if dry_run:
-        await context.settle_before_plan(app, host, name, "move", dry_run=True)
-        with context.planning(app, dry_run=True) as planned:
-            async with host.look(name) as vm:
-                found = ops_move.plan_move(vm, directory)
-                planned(ops_move.to_plan(vm, found))
-                if not look.is_unfinished(vm):
-                    await ops_move.check(vm, found)
+        look_for = partial(ops_move.plan_move, directory=directory)
+        await _show(app, host, name, "move", look_for, ops_move.to_plan, ops_move.check)
         return
     async with context.changing(app, host, name, "move", adopt=True) as vm:
         found = ops_move.plan_move(vm, directory)
@@ -92,7 +88,7 @@ async def _move(app: App, host: Host, name: str, directory: Path, dry_run: bool)
         moved = [{"from": str(before[i.id]), "to": str(i.path)} for i in found.items]
         body = {"vm": vm.name, "home": str(vm.home.path), "moved": moved, "stays": [str(i.path) for i in found.stays]}
         lines = [
-            f"{vm.name} lies in {found.directory} now: {len(moved)} layer{'' if len(moved) == 1 else 's'}",
+            f"{vm.name} lies in {found.directory} now: {counted(len(moved), 'layer')}",
             *(f"  {m['to']}" for m in moved),
         ]
         context.answer(app, body, lines)
@@ -101,3 +97,24 @@ async def _move(app: App, host: Host, name: str, directory: Path, dry_run: bool)
 def _warn(app: App, texts: Iterable[str | None]) -> None:
     for text in filter(None, texts):
         context.progress(app).warn(text)
+
+
+async def _show(
+    app: App,
+    host: Host,
+    name: str,
+    word: str,
+    plan: Callable[[VM], T],
+    to_plan: Callable[[VM, T], Plan],
+    check: Callable[[VM, T], Awaitable[None]],
+) -> None:
+    """Answer a dry run: the plan, then whether anything stands in its way. What was interrupted comes first, and changes
+    what there is to check.
+    """
+    await context.settle_before_plan(app, host, name, word, dry_run=True)
+    with context.planning(app, dry_run=True) as planned:
+        async with host.look(name) as vm:
+            found = plan(vm)
+            planned(to_plan(vm, found))
+            if not look.is_unfinished(vm):
+                await check(vm, found)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from diskchain.chain.plan import Plan
+from diskchain.chain.text import counted
 from diskchain.cli import context
 from diskchain.cli.app import App, common
 from diskchain.cli.options import changing_options, vm_argument, yes_option
@@ -45,7 +46,7 @@ async def _adopt(app: App, host: Host, name: str, directory: Path | None, dry_ru
             context.progress(app).warn(remark)
         count = len(vm.catalog.images)
         word = "is known already; its chains are" if known_before else "is adopted; its chains have"
-        lines = [f"{vm.name} {word} {count} layer{'' if count == 1 else 's'}; records in {vm.home.path}"]
+        lines = [f"{vm.name} {word} {counted(count, 'layer')}; records in {vm.home.path}"]
         lines += [f"  new: {path}" for path in done.taken]
         body = {"vm": vm.name, "home": str(vm.home.path), "layers": count, "taken": [str(p) for p in done.taken]}
         context.answer(app, body, lines)

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from diskchain.chain.plan import Plan
-from diskchain.chain.text import printable, size
+from diskchain.chain.text import counted, printable, size
 from diskchain.errors import UsageError
 from diskchain.ops.look import Listing, SnapshotView
 from diskchain.ops.merge import Merged
@@ -149,9 +149,9 @@ def summary(listing: Listing) -> str:
     count, memory = len(listing.snapshots), sum(v.memory_bytes for v in listing.snapshots)
     with_memory = f" and {size(memory)} of memory" if memory else ""
     warnings = sum(len(v.warnings) for v in listing.snapshots)
-    text = (f"{count} snapshot{'' if count == 1 else 's'}, {size(listing.all_bytes)} of disk{with_memory} "
-            f"in {listing.layers} layer{'' if listing.layers == 1 else 's'}.")  # fmt: skip
-    return text + (f" {warnings} warning{'' if warnings == 1 else 's'}." if warnings else "")
+    text = (f"{counted(count, 'snapshot')}, {size(listing.all_bytes)} of disk{with_memory} "
+            f"in {counted(listing.layers, 'layer')}.")  # fmt: skip
+    return text + (f" {counted(warnings, 'warning')}." if warnings else "")
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def tree_lines(listing: Listing) -> list[str]:
     sizes = max(width(size(v.disk_bytes if v else listing.now_bytes)) for _, v in drawn)
     wide = max([width(label) for label, v in drawn if v] or [0])
     wide = max(wide, max(width(label) for label, v in drawn if v is None) - 3 - ages)
-    head = f"{listing.vm} ({listing.state}, {count} disk{'' if count == 1 else 's'})"
+    head = f"{listing.vm} ({listing.state}, {counted(count, 'disk')})"
     lines = (_tree_line(label, v, listing, wide, ages, sizes) for label, v in drawn)
     return [head, *lines, *unfinished_lines(listing)]
 

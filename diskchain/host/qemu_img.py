@@ -279,12 +279,17 @@ def backing_name_for(overlay: Path, backing: Path) -> str:
     return f"./{backing.name}" if ":" in backing.name else backing.name
 
 
+def has_unwritable(name: str) -> bool:
+    """Whether a name has control characters, or bytes that are no UTF-8."""
+    return any(code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code <= 0xDFFF for code in map(ord, name))
+
+
 def refuse_unnameable(backing_name: str) -> None:
     """Raise Refused for what no header may name: control characters, bytes that are no UTF-8, more than fits.
 
     With such a name in its header we would refuse the overlay ourselves at the next start.
     """
-    if any(code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code <= 0xDFFF for code in map(ord, backing_name)):
+    if has_unwritable(backing_name):
         what = "it has control characters, or bytes that are no UTF-8"
     elif len(backing_name.encode()) > MAX_BACKING_NAME:
         what = f"it has more than {MAX_BACKING_NAME} bytes"

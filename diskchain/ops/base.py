@@ -20,7 +20,7 @@ from diskchain.drivers.domains import Domain
 from diskchain.errors import Busy, ChainDamaged, DiskchainError, HasSharers, NotFound, Refused, UsageError
 from diskchain.host import files, locks, mounts
 from diskchain.host.fault import point
-from diskchain.ops import images_known, sharers
+from diskchain.ops import directories, images_known
 from diskchain.ops.approve import approve_chain, differing, fingerprint
 from diskchain.ops.directories import Identity
 from diskchain.ops.ids import now_utc
@@ -230,7 +230,7 @@ def users(host: Host, image: Path) -> list[User]:
     scan = images_known.scan(images_known.directories(host, image.parent))
     above = dict(scan.overlays_of(target))
     vms = list(_vms(host, target, above))
-    named = {sharers.identity(user.path) for user in vms} | _layers(host)
+    named = {directories.identity(user.path) for user in vms} | _layers(host)
     overlays = [User(f"the file {path}", "stands on it", path) for i, path in sorted(above.items(), key=lambda x: x[1])
                 if i not in named]  # fmt: skip
     unread = [User(f"perhaps {one.path}", f"it can't be read ({one.why})", one.path) for one in scan.unread]
@@ -247,12 +247,12 @@ def _vms(host: Host, target: Identity, above: dict[Identity, Path]) -> Iterator[
             paths = [i.path for i in catalog.images.values()]
         else:
             active = paths = list(other.disks)
-        if any(sharers.identity(path) == target for path in active):
-            yield User(other.label, "writes to it", next(p for p in active if sharers.identity(p) == target), state)
-        elif hit := next((p for p in paths if sharers.identity(p) == target), None):
-            top = next((p for p in active if sharers.identity(p) in above), hit)
+        if any(directories.identity(path) == target for path in active):
+            yield User(other.label, "writes to it", next(p for p in active if directories.identity(p) == target), state)
+        elif hit := next((p for p in paths if directories.identity(p) == target), None):
+            top = next((p for p in active if directories.identity(p) in above), hit)
             yield User(other.label, "stands on it", top, state)
-        elif hit := next((p for p in (*paths, *other.disks) if sharers.identity(p) in above), None):
+        elif hit := next((p for p in (*paths, *other.disks) if directories.identity(p) in above), None):
             yield User(other.label, "stands on it", hit, state)
 
 
@@ -262,7 +262,7 @@ def _state(domain: Domain) -> str:
 
 def _layers(host: Host) -> set[Identity | None]:
     """Return every file that is a layer in some catalog: its VM was named."""
-    return {sharers.identity(i.path) for _, catalog in images_known.catalogs(host) for i in catalog.images.values()}
+    return {directories.identity(i.path) for _, catalog in images_known.catalogs(host) for i in catalog.images.values()}
 
 
 def _names(image: Path, found: list[Path]) -> Iterator[User]:

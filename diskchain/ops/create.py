@@ -44,7 +44,7 @@ from diskchain.ops.create_rest import align, note_frozen, resolve_prepared, undo
 from diskchain.ops.progress import QUIET, Progress
 from diskchain.ops.quiesce import Freeze, noted, refuse_without_agent
 from diskchain.ops.vm import VM, definition_at, new_id, now_utc, record_configuration
-from diskchain.ops.written import refuse_unwritable
+from diskchain.ops.written import directory_for_layers
 from diskchain.store import journal
 from diskchain.store.journal import Entry
 
@@ -109,7 +109,9 @@ async def prepare(vm: VM, request: Request) -> Prepared:
     quiesce = request.quiesce and not state.is_off
     if quiesce:
         await refuse_without_agent(vm, state)
-    overlays = layers.plan_overlays(vm.catalog, covered, request.overlay_dir and _overlay_dir(request.overlay_dir))
+    overlays = layers.plan_overlays(
+        vm.catalog, covered, request.overlay_dir and directory_for_layers(request.overlay_dir)
+    )
     save = "never" if request.skip else await _decide_memory(vm, request.memory, state)
     definition = await vm.driver.live_definition()
     state_files.check_can_capture(vm, definition, state, save)
@@ -197,14 +199,6 @@ async def _refuse_unsuitable(vm: VM, skip: tuple[str, ...]) -> None:
         if disk.target not in skip:
             raise UnsupportedDisk(f"{disk.target} of {vm.name} can't be in a snapshot: it is {disk.why}",
                                   hint=f"{disk.instead}; or leave it out: --skip-disk {disk.target}")  # fmt: skip
-
-
-def _overlay_dir(directory: Path) -> Path:
-    """Return it without symlinks. Raise NotFound, BadName."""
-    if not directory.is_dir():
-        raise NotFound(f"{directory} is no directory", hint="make it; QEMU's user must be able to search it")
-    refuse_unwritable(directory.resolve())
-    return directory.resolve()
 
 
 def _covered(catalog: Catalog, skip: tuple[str, ...], elsewhere: Collection[str] = ()) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 from diskchain.chain.model import Snapshot
 from diskchain.drivers.protocol import Definition
@@ -14,7 +13,7 @@ from diskchain.store.catalog import Home
 
 def definition_at(home: Home, snapshot: Snapshot) -> Definition:
     """Return the configuration that a snapshot in these records has. Raise ChainDamaged when it is gone."""
-    path = _place(home, snapshot.id)
+    path = home.configuration(snapshot.id)
     try:
         return Definition(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
@@ -25,7 +24,7 @@ def definition_at(home: Home, snapshot: Snapshot) -> Definition:
 def digest_at(home: Home, snapshot_id: str) -> str:
     """Return the sha256 of a recorded configuration as it lies there; nothing when it can't be read."""
     try:
-        return hashlib.sha256(_place(home, snapshot_id).read_bytes()).hexdigest()
+        return hashlib.sha256(home.configuration(snapshot_id).read_bytes()).hexdigest()
     except OSError:
         return ""
 
@@ -37,9 +36,5 @@ def verify_for_memory(home: Home, snapshot: Snapshot) -> None:
     """
     if snapshot.memory.configuration not in ("", digest_at(home, snapshot.id)):
         raise ChainDamaged(f"the configuration of snapshot {snapshot.name!r} was changed since its memory was saved: "
-                           f"{_place(home, snapshot.id)}",
+                           f"{home.configuration(snapshot.id)}",
                            hint="bring it back from a backup; or go to its disks only: revert --cold --config keep")  # fmt: skip
-
-
-def _place(home: Home, snapshot_id: str) -> Path:
-    return home.snapshot_dir(snapshot_id) / "machine.json"

@@ -10,13 +10,13 @@ from pathlib import Path
 from diskchain.chain.deletion import Deletion, Fold, after
 from diskchain.chain.model import Catalog, layer_name
 from diskchain.chain.plan import Plan
-from diskchain.errors import DiskchainError, NoSpace, NotFound, UnsupportedDisk
+from diskchain.errors import DiskchainError, NoSpace, UnsupportedDisk
 from diskchain.ops import delete, delete_plan, detach, elsewhere, move, room
 from diskchain.ops.elsewhere import Item
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import Progress
 from diskchain.ops.vm import VM, new_id, now_utc
-from diskchain.ops.written import refuse_unwritable
+from diskchain.ops.written import directory_for_layers
 from diskchain.store import journal
 
 
@@ -25,13 +25,11 @@ def items(catalog: Catalog, deletions: Sequence[Deletion], directory: Path) -> l
 
     Raise NotFound without that directory, BadName, UnsupportedDisk for what can't be written elsewhere.
     """
-    if not directory.is_dir():
-        raise NotFound(f"{directory} is no directory", hint="make it; QEMU's user must be able to search it")
-    refuse_unwritable(directory.resolve())
+    directory = directory_for_layers(directory)
     if any(d.pulls for d in deletions) or len(deletions) > 1:
         raise UnsupportedDisk("a layer that diskchain did not make, or that is copied, can't be written elsewhere",
                               hint="leave --to away, or --copy")  # fmt: skip
-    found = [_item(catalog, d, fold, directory.resolve()) for d in deletions for fold in d.folds]
+    found = [_item(catalog, d, fold, directory) for d in deletions for fold in d.folds]
     return sorted(found, key=lambda item: len(catalog.chain(item.id)))
 
 

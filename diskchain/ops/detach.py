@@ -114,22 +114,21 @@ def to_plan(vm: VM, found: Detach) -> Plan:
     delete_plan.verify(vm.catalog, _deletion(found.pulls))
     for item in found.items:
         layers.verify_chain(vm.catalog, item.id)
-    images, count = vm.catalog.images, 0
+    images = vm.catalog.images
     needs: list[tuple[Path, int]] = []
     steps: list[str] = []
     for pull in found.pulls:
         for overlay in pull.overlays:
             more = merge.pulled(pull, overlay)
-            count += more
             needs.append((overlay.path.parent, more))
             steps.append(f"{pull.target}: copy up to {size(more)} of {pull.gone[0].path} up into {overlay.path.name}")
     for item in found.items:
         more = elsewhere.need(vm.catalog, [item], flat=True)
-        count += more
         needs.append((item.path.parent, more))
         steps.append(f"{images[item.id].target}: copy what {images[item.id].path} shows into {item.path}; everything "
                      "that stands on it is linked to that")  # fmt: skip
     steps += [f"{image.target}: let go of {image.path}; the file stays" for image in found.let_go]
+    count = sum(more for _, more in needs)
     return Plan(f"{vm.name}: detach", tuple(steps), bytes=count, space_needed=count, needs=room.needs(needs))
 
 

@@ -126,9 +126,9 @@ def need(catalog: Catalog, items: Sequence[Item], *, flat: bool = False) -> int:
     return sum(files.allocated_bytes(image.path) for image in read) + METADATA * len(items)
 
 
-def needs(catalog: Catalog, items: Sequence[Item], *, flat: bool = False) -> tuple[Need, ...]:
+def needs(catalog: Catalog, items: Sequence[Item]) -> tuple[Need, ...]:
     """Return how many bytes the new files take at most, and where."""
-    return room.needs((item.path.parent, need(catalog, [item], flat=flat)) for item in items)
+    return room.needs((item.path.parent, need(catalog, [item])) for item in items)
 
 
 def _refuse_other_sizes(catalog: Catalog, item: Item) -> None:
@@ -406,12 +406,8 @@ async def is_switched(vm: VM, entry: Entry) -> bool:
     new = {item.id: item.path for item in items_of(entry)}
     named = await vm.driver.next_files() or {}
     catalog = after(vm, entry)
-    waited = [t for t, i in catalog.active.items() if i in new and t in named and not _leads_to(named[t], new[i])]
+    waited = [t for t, i in catalog.active.items() if i in new and t in named and not files.is_same(named[t], new[i])]
     return not waited
-
-
-def _leads_to(named: Path, new: Path) -> bool:
-    return named == new or files.same_file(named, new)  # the first: also when somebody moved the file away
 
 
 async def resume(vm: VM, entry: Entry) -> tuple[str, str]:

@@ -289,7 +289,7 @@ def _notes(chains: Chains) -> Iterator[str]:
         for image in chain:
             if image.header and image.header.snapshots:
                 count = image.header.snapshots
-                yield (f"{target}: {image.path} holds {count} internal snapshot{'' if count == 1 else 's'}: kept as it is; "
+                yield (f"{target}: {image.path} holds {counted(count, 'internal snapshot')}: kept as it is; "
                        "a later merge into this layer is refused")  # fmt: skip
             if image.header and image.header.has_bitmaps:
                 yield (f"{target}: {image.path} holds dirty bitmaps: kept as they are; "

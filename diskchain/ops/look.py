@@ -310,7 +310,7 @@ def _layer(image: Image, target: str) -> dict[str, Any]:
 def _configuration(vm: VM, snapshot: Snapshot) -> dict[str, Any]:
     """Return the machine that the snapshot recorded; empty when it can't be read."""
     try:
-        record = json.loads((vm.home.snapshot_dir(snapshot.id) / "machine.json").read_bytes())
+        record = json.loads(vm.home.configuration(snapshot.id).read_bytes())
         text = json.loads(record["text"])
         machine = domain_xml.summary(text["persistent"]) if record["driver"] == LIBVIRT else text["machine"]
     except (OSError, ValueError, KeyError, TypeError, DriverFailed):

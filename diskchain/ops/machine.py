@@ -288,19 +288,12 @@ def _refuse_other_chain(catalog: Catalog, target: str, top: ApprovedImage) -> No
 def _refuse_foreign(host: Host, machine: Machine, chain: list[ApprovedImage]) -> None:
     """Refuse what another VM would be hurt by: writing to any image of its chains, standing on its active layer."""
     for name, path, active in _images_of_others(host, machine):
-        if _same(path, chain[0]):
+        if files.same_file(path, chain[0].path):
             raise Refused(f"{chain[0].path} is part of the chain of {name}",
                           hint="make an overlay of it, or copy it, and use that")  # fmt: skip
-        if active and any(_same(path, below) for below in chain[1:]):
+        if active and any(files.same_file(path, below.path) for below in chain[1:]):
             raise Refused(f"{path} is what {name} writes to; nothing can stand on it",
                           hint=f"take a snapshot of {name} first, and stand on what that freezes; or copy it")  # fmt: skip
-
-
-def _same(path: Path, image: ApprovedImage) -> bool:
-    try:
-        return path.samefile(image.path)
-    except OSError:
-        return False
 
 
 def _images_of_others(host: Host, machine: Machine) -> Iterator[tuple[str, Path, bool]]:

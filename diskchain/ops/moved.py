@@ -15,7 +15,7 @@ from diskchain.chain.allocation import held_bytes
 from diskchain.chain.model import Catalog, Image
 from diskchain.errors import DiskchainError
 from diskchain.host import files
-from diskchain.ops import base, images_known, sharers
+from diskchain.ops import base, directories, images_known
 from diskchain.ops.allocation import allocated
 from diskchain.ops.directories import Identity
 from diskchain.ops.vm import Host
@@ -39,7 +39,7 @@ def find(host: Host, catalog: Catalog, image: Image) -> list[Found]:
     beside = {i.path.parent for i in catalog.images.values()}
     taken = _taken(host, catalog)
     places = base.find(host, dict(image.fingerprint), image.fmt, *beside)
-    return [_judged(image, path, taken.get(sharers.identity(path) or (-1, -1))) for path in places]
+    return [_judged(image, path, taken.get(directories.identity(path) or (-1, -1))) for path in places]
 
 
 def place(found: list[Found]) -> Found | None:
@@ -103,13 +103,13 @@ def _taken(host: Host, catalog: Catalog) -> dict[Identity, str]:
     """Every file that is a disk or a layer of some VM. A base that others stand on, too, may be followed: it is no state
     of theirs.
     """
-    found = {sharers.identity(image.path): catalog.name for image in catalog.images.values()}
+    found = {directories.identity(image.path): catalog.name for image in catalog.images.values()}
     for other in host.neighbours():
         if other.uuid != catalog.uuid:
-            found.update({sharers.identity(disk): other.label for disk in other.disks})
+            found.update({directories.identity(disk): other.label for disk in other.disks})
     for other, records in images_known.catalogs(host):
         if other.uuid != catalog.uuid:
             ids = {*records.active.values(), *records.detached}
-            found.update({sharers.identity(image.path): other.label for image in records.images.values()
+            found.update({directories.identity(image.path): other.label for image in records.images.values()
                           if image.ours or image.id in ids or records.frozen_by(image.id)})  # fmt: skip
     return {identity: who for identity, who in found.items() if identity is not None}

@@ -52,7 +52,7 @@ async def merge_if_off(vm: VM, progress: Progress) -> list[Merged]:
 
 def can_undelete(vm: VM, snapshot: Snapshot) -> bool:
     """Whether a deleted snapshot is all there still."""
-    return not snapshot.merge_begun and (vm.home.snapshot_dir(snapshot.id) / "machine.json").is_file()
+    return not snapshot.merge_begun and vm.home.configuration(snapshot.id).is_file()
 
 
 def to_undelete(vm: VM, name: str) -> Snapshot:

@@ -9,8 +9,7 @@ from pathlib import Path
 from diskchain.chain.model import Image
 from diskchain.config import Config
 from diskchain.errors import DiskchainError, HasSharers, Refused
-from diskchain.ops.directories import DEPTH, Identity, Unread, below, look_through
-from diskchain.ops.directories import identity as identity
+from diskchain.ops.directories import DEPTH, Identity, Unread, below, identity, look_through
 from diskchain.ops.vm import VM
 from diskchain.store import catalog as catalog_store
 from diskchain.store import seal

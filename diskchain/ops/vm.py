@@ -349,7 +349,7 @@ async def record_configuration(vm: VM, snapshot_id: str) -> Definition:
     with files.os_errors(directory, "create"):
         directory.mkdir(mode=0o700)
     definition = await vm.driver.live_definition()
-    files.write_durably(directory / "machine.json", json.dumps(asdict(definition)).encode())
+    files.write_durably(vm.home.configuration(snapshot_id), json.dumps(asdict(definition)).encode())
     files.fsync_dir(directory.parent)
     return definition
 

@@ -52,6 +52,10 @@ class Home:
         """Return the path of a snapshot's saved memory."""
         return self.snapshot_dir(snapshot_id) / "memory"
 
+    def configuration(self, snapshot_id: str) -> Path:
+        """Return the path of a snapshot's configuration."""
+        return self.snapshot_dir(snapshot_id) / "machine.json"
+
     def make(self) -> None:
         """Create the directories (mode 0700: guest memory is secrets) and the reserve."""
         for directory in (self.path, self.journal, self.path / "snapshots"):
