@@ -231,14 +231,19 @@ def test_virsh_snapshots_in_our_revert_and_nothing_that_was_written_is_lost(doma
     taken_up(rig, made)
 
 
-@pytest.mark.parametrize("point", ["create.intent.after", "create.prepared.before", "create.named"])
-def test_virsh_starts_the_domain_in_our_create_while_it_was_off(domain: Make, point: str) -> None:
-    """Started before we hold its layers: no snapshot, it runs. After that: the start is refused, and works later."""
+def off_with_a_snapshot(domain: Make) -> DomainRig:
+    """A domain that is off, with the snapshot `before`."""
     rig = domain(guest=False, size=8 * MiB)
     rig.remember("now")
     rig.expected["before"] = rig.expected["now"]
     rig.ok("create", "vm", "before")
-    said: list[str] = []
+    return rig
+
+
+@pytest.mark.parametrize("point", ["create.intent.after", "create.prepared.before", "create.named"])
+def test_virsh_starts_the_domain_in_our_create_while_it_was_off(domain: Make, point: str) -> None:
+    """Started before we hold its layers: no snapshot, it runs. After that: the start is refused, and works later."""
+    rig, said = off_with_a_snapshot(domain), list[str]()
     code, err = stopped_at(
         rig, point, "create", "vm", "s0", meanwhile=lambda: said.append(rig.virsh("start", "vm", "--paused", ok=False))
     )
@@ -256,11 +261,7 @@ def test_virsh_starts_the_domain_in_our_create_while_it_was_off(domain: Make, po
 @pytest.mark.parametrize("point", ["revert.intent.after", "revert.stopping"])
 def test_virsh_starts_the_domain_in_our_revert_while_it_was_off(domain: Make, point: str) -> None:
     """The guest that was started is not ended: the revert is given up, or the start was refused."""
-    rig = domain(guest=False, size=8 * MiB)
-    rig.remember("now")
-    rig.expected["before"] = rig.expected["now"]
-    rig.ok("create", "vm", "before")
-    said: list[str] = []
+    rig, said = off_with_a_snapshot(domain), list[str]()
     code, err = stopped_at(
         rig, point, "revert", "vm", "before", "-y", "--stopped",
         meanwhile=lambda: said.append(rig.virsh("start", "vm", "--paused", ok=False)),

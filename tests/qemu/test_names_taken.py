@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.places_cases import CASES, grow, is_done, judge, words
+from tests.support.places_cases import CASES, grown, is_done, judge, words
 from tests.support.refusals import check_error
 from tests.support.rig import Answer, MiB, Rig, process_state, wait_for
 from tests.support.roaming import Roaming
@@ -23,12 +23,8 @@ FOREIGN = b"all that another VM has" * 1000
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Roaming, Path]]:
     """The usual tree, vda on a template, the active layers in another directory; and a copy of it all."""
-    rig = Roaming(tmp_path_factory.mktemp("taken") / "vm", size=8 * MiB)
-    grow(rig)
-    template = rig.save_template()
-    yield rig, template
-    rig.destroy()
-    shutil.rmtree(template)
+    with grown(tmp_path_factory.mktemp("taken")) as made:
+        yield made
 
 
 class Intruder:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.support.refusals import grow_tree
 from tests.support.rig import MiB
@@ -50,6 +54,17 @@ def grow(rig: Roaming) -> None:
 def words(rig: Roaming, case: Case) -> list[str]:
     """What is typed."""
     return [str(rig.dir / "there") if word == THERE else word for word in case.args]
+
+
+@contextlib.contextmanager
+def grown(directory: Path) -> Iterator[tuple[Roaming, Path]]:
+    """Make the places in a directory; give them with a copy of it all."""
+    rig = Roaming(directory / "vm", size=8 * MiB)
+    grow(rig)
+    template = rig.save_template()
+    yield rig, template
+    rig.destroy()
+    shutil.rmtree(template)
 
 
 def judge(rig: Roaming, case: Case) -> list[str]:

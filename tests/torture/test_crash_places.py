@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.places_cases import CASES, grow, is_done, judge, words
+from tests.support.places_cases import CASES, grown, is_done, judge, words
 from tests.support.refusals import check_error
-from tests.support.rig import MiB
 from tests.support.roaming import Roaming
 from tests.support.sample import some
 
@@ -21,12 +20,8 @@ from tests.support.sample import some
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Roaming, Path]]:
     """The usual tree, vda on a template, the active layers in another directory; and a copy of it all."""
-    rig = Roaming(tmp_path_factory.mktemp("places") / "vm", size=8 * MiB)
-    grow(rig)
-    template = rig.save_template()
-    yield rig, template
-    rig.destroy()
-    shutil.rmtree(template)
+    with grown(tmp_path_factory.mktemp("places")) as made:
+        yield made
 
 
 @pytest.mark.parametrize("name", CASES)
