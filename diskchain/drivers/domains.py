@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from diskchain.errors import NotFound, Refused, Unreachable
 from diskchain.host import libvirt_daemon
 
 SYSTEM = "qemu:///system"
+ANSWERS_WITHIN = 30.0  # seconds that a daemon has: of virsh's keepalives it is 35
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Domains:
     def __init__(self, uri: str | None) -> None:
         self.uri = uri
         self._connection: Any = None
+        self._hangs: tuple[float, Unreachable] | None = None  # seconds that it was given, what was said then
 
     @staticmethod
     def _library() -> Any:
@@ -90,31 +93,42 @@ class Domains:
             raise Unreachable(f"libvirt's Python module can't be loaded: {error}",
                               hint="apt install python3-libvirt") from error  # fmt: skip
 
-    def _connected(self) -> Any:
+    def _connected(self, within: float = ANSWERS_WITHIN) -> Any:
+        """Return the connection. A daemon that did not let us in within a time is not given that time again."""
         library = self._library()
         if self._connection is None or not library.is_alive(self._connection):
-            self._connection = library.connect_now(self.uri)
+            if self._hangs and self._hangs[0] >= within:
+                raise self._hangs[1]
+            began = time.monotonic()
+            try:
+                self._connection = library.connect_now(self.uri, within)
+            except Unreachable as error:
+                if time.monotonic() - began >= within:
+                    self._hangs = (within, error)
+                raise
         return self._connection
 
     def all(self) -> list[Domain]:
         """Return every domain, running or not, sorted by name. Raise Unreachable, Refused."""
         if self.uri is None:
             return []
-        found: list[Domain] = self._library().list_domains(self._connected())
+        library = self._library()
+        found: list[Domain] = library.asked("list the domains", library.list_domains, self._connected())
         return sorted(found, key=lambda domain: domain.name)
 
     def names(self) -> list[str]:
         """Return the names of all domains. Raise Unreachable, Refused."""
         return [domain.name for domain in self.all()]
 
-    def find(self, name: str) -> Domain | None:
+    def find(self, name: str, within: float = ANSWERS_WITHIN) -> Domain | None:
         """Return a domain by its name or uuid, or None: one question, however many domains there are.
 
-        Raise Unreachable, Refused.
+        `within`: seconds that a daemon has to let us in. Raise Unreachable, Refused.
         """
         if self.uri is None:
             return None
-        found: Domain | None = self._library().find_domain(self._connected(), name)
+        library = self._library()
+        found: Domain | None = library.asked(f"look for {name}", library.find_domain, self._connected(within), name)
         return found
 
     def get(self, name: str) -> Domain:
@@ -127,7 +141,8 @@ class Domains:
     def facts(self) -> Facts:
         """Return what the daemon says of itself. Raise Unreachable."""
         assert self.uri
-        libvirt, qemu, capabilities = self._library().host_facts(self._connected())
+        library = self._library()
+        libvirt, qemu, capabilities = library.asked("ask what it can do", library.host_facts, self._connected())
         file = libvirt_daemon.config_file(self.uri)
         return Facts(libvirt, qemu, security(capabilities), libvirt_daemon.settings(self.uri), file)
 

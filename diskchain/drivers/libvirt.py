@@ -24,7 +24,7 @@ from diskchain.drivers import domain_xml, libvirt_blocks, migration
 from diskchain.drivers.domain_xml import DomainDisk
 from diskchain.drivers.libvirt_access import DomainAccess
 from diskchain.drivers.libvirt_agent import DomainAgent, WatchedDomain
-from diskchain.drivers.libvirt_api import called, connect_now, is_alive, patient, translated
+from diskchain.drivers.libvirt_api import LOOK, asked, called, connect_now, is_alive, patient
 from diskchain.drivers.libvirt_blocks import is_among
 from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, find_domain, host_facts, list_domains, resolved
 from diskchain.drivers.libvirt_listed import DomainSnapshots
@@ -40,6 +40,7 @@ from diskchain.host.process import ProcessId, find_process
 __all__ = [
     "LibvirtDriver",
     "WatchedDomain",
+    "asked",
     "connect_now",
     "find_domain",
     "host_facts",
@@ -63,10 +64,7 @@ _RESTART = 60.0  # seconds that a daemon that is being restarted has
 
 def open_driver(connection: Any, uuid: str, uri: str, log: Path) -> Driver:
     """Return the driver of a domain; its watchdogs write to `log`. Raise NotFound, Unreachable."""
-    try:
-        return LibvirtDriver(connection, connection.lookupByUUIDString(uuid), uri, log)
-    except libvirt.libvirtError as error:
-        raise translated(error, f"look for {uuid}") from error
+    return LibvirtDriver(connection, asked(f"look for {uuid}", connection.lookupByUUIDString, uuid), uri, log)
 
 
 class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
@@ -82,6 +80,7 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
         self.name = str(domain.name())
         self.uuid = str(domain.UUIDString())
         self._monitor = Passthrough(domain)
+        self._given_up = False
         self._below: dict[str, Path] = {}  # what the prepared overlays stand on
 
     async def _commander(self) -> Commander:
@@ -97,16 +96,10 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
         return str(await called("read the definition", self._domain.XMLDesc, flags))
 
     def _xml_now(self, flags: int) -> str:
-        try:
-            return str(self._domain.XMLDesc(flags))
-        except libvirt.libvirtError as error:
-            raise translated(error, "read the definition") from error
+        return str(asked("read the definition", self._domain.XMLDesc, flags))
 
     def _is_persistent(self) -> bool:
-        try:
-            return bool(self._domain.isPersistent())
-        except libvirt.libvirtError as error:
-            raise translated(error, "ask whether the domain is defined") from error
+        return bool(asked("ask whether the domain is defined", self._domain.isPersistent))
 
     @patient
     async def state(self) -> VMState:
@@ -230,10 +223,7 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
         return [f"libvirt's QEMU here has no machine type {wanted}"]
 
     def _machine_types(self) -> set[str]:
-        try:
-            return domain_xml.machine_types(str(self._connection.getCapabilities()))
-        except libvirt.libvirtError as error:
-            raise translated(error, "ask for the machine types") from error
+        return domain_xml.machine_types(str(asked("ask for the machine types", self._connection.getCapabilities)))
 
     async def open_serial(self) -> Serial:
         """virsh has a console of its own."""
@@ -387,17 +377,22 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
                                  f"({', '.join(devices)})", hint="use --disk-only")  # fmt: skip
 
     async def reconnect(self) -> None:
-        """Look for the domain at a new daemon, until it answers. Raise Unreachable after a minute, NotFound."""
-        end = time.monotonic() + _RESTART
+        """Look for the domain at a new daemon, until it answers. Raise Unreachable after a minute, NotFound.
+
+        That minute is given once: whoever cleans up after it does not wait for the same daemon again and again.
+        """
+        end = time.monotonic() + (0 if self._given_up else _RESTART)
         while True:
             try:
-                connection = await asyncio.to_thread(connect_now, self.uri)
+                connection = await asyncio.to_thread(connect_now, self.uri, max(LOOK, end - time.monotonic()))
                 domain = await called("look for the domain", connection.lookupByUUIDString, self.uuid)
                 break
             except Unreachable:
                 if time.monotonic() > end:
+                    self._given_up = True
                     raise
             await asyncio.sleep(0.2)
+        self._given_up = False
         self._connection, self._domain, self._monitor = connection, domain, Passthrough(domain)
 
     def process(self) -> ProcessId | None:

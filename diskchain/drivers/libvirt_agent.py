@@ -14,7 +14,8 @@ import libvirt_qemu
 
 from diskchain.drivers import domain_xml, migration
 from diskchain.drivers.agent import ATTEMPT
-from diskchain.drivers.libvirt_api import called, connect_now
+from diskchain.drivers.domains import ANSWERS_WITHIN
+from diskchain.drivers.libvirt_api import asked, called, connect_now
 from diskchain.drivers.libvirt_monitor import Passthrough
 from diskchain.drivers.watched import free_after_save, until_it_stays
 from diskchain.errors import AgentFailed, AgentMissing, DiskchainError, DriverFailed, NotFound, Refused, Unreachable
@@ -67,12 +68,15 @@ class DomainAgent:
     def has_agent(self) -> bool:
         """Whether the domain has the agent's channel."""
         try:
-            return domain_xml.agent_channel(str(self._domain.XMLDesc(0))) is not None
-        except libvirt.libvirtError:
+            return domain_xml.agent_channel(self._definition_now()) is not None
+        except DiskchainError:
             return False
 
+    def _definition_now(self) -> str:
+        return str(asked("read the definition", self._domain.XMLDesc, 0))
+
     def _refuse_without(self) -> None:
-        state = domain_xml.agent_channel(str(self._domain.XMLDesc(0))) if self.has_agent() else None
+        state = domain_xml.agent_channel(self._definition_now()) if self.has_agent() else None
         if state is None:
             raise AgentMissing(f"{self.name} has no channel for a guest agent",
                                hint="virsh edit: <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>")  # noqa: E501  # fmt: skip
@@ -134,7 +138,7 @@ class WatchedDomain:
 
     async def connect(self) -> None:
         """Connect to libvirtd."""
-        connection = await asyncio.to_thread(connect_now, self._uri)
+        connection = await asyncio.to_thread(connect_now, self._uri, ANSWERS_WITHIN)
         self._domain = await called("look for the domain", connection.lookupByUUIDString, self._uuid)
 
     async def _reached(self) -> Any:

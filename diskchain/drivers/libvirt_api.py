@@ -1,19 +1,39 @@
-"""libvirt's Python module, with our errors: called off the event loop, translated once."""
+"""libvirt's Python module, with our errors: called off the event loop, translated once.
+
+A daemon that hangs is not waited for: opening a connection has a limit of our own, and an open one sends keepalives
+(virConnectSetKeepAlive, as virsh does), so that every call that waits for a dead daemon ends as one whose daemon has ended.
+A daemon that is busy answers them beside its work: a long restore is not cut off.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import math
+import os
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, InvalidStateError, wait
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import libvirt
 
+from diskchain.drivers.domains import ANSWERS_WITHIN
 from diskchain.errors import DiskchainError, DriverFailed, NotFound, Refused, Unreachable
 
 T = TypeVar("T")
 P = ParamSpec("P")
 libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it prints every error to stderr otherwise
+
+LOOK = 3.0  # seconds: whether a daemon answers at all
+_waiting: set[Future[Any]] = set()  # calls that have not ended; those that were left are cancelled
+_uris: deque[str] = deque(maxlen=1)  # where we connected last
+_LOOK_EVERY = 0.1  # seconds between two looks for a Ctrl-C
+_EVERY = 5  # seconds between two keepalives
+_MISSED = int(ANSWERS_WITHIN) // _EVERY - 1  # of them; the next one closes the connection
 
 _LOST = {
     libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_AUTH_FAILED,
@@ -39,18 +59,116 @@ def translated(error: libvirt.libvirtError, what: str) -> DiskchainError:
 
 async def called(what: str, function: Callable[..., T], *arguments: Any) -> T:
     """Call into libvirt off the event loop; `what` (an infinitive) is named in errors. Raise what `translated` returns."""
+    _refuse_beside_a_dead_call()
     try:
-        return await asyncio.to_thread(function, *arguments)
+        return await asyncio.wrap_future(_aside(function, arguments))
     except libvirt.libvirtError as error:
         raise translated(error, what) from error
 
 
-def connect_now(uri: str) -> Any:
-    """Return a connection. Raise Unreachable."""
+def asked(what: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Call into libvirt and wait: a question that is answered in a moment. Raise as `called`."""
+    _refuse_beside_a_dead_call()
     try:
-        return libvirt.open(uri)
+        return _awaited(_aside(function, arguments), math.inf)
     except libvirt.libvirtError as error:
-        raise Unreachable(f"libvirt can't be reached at {uri}: {error}", hint=f"virsh -c {uri} list --all") from error
+        raise translated(error, what) from error
+
+
+def connect_now(uri: str, within: float) -> Any:
+    """Return a connection that is closed when its daemon hangs. Raise Unreachable, after `within` seconds at the latest."""
+    _serve_events(os.getpid())
+    _uris.append(uri)
+    hint = f"virsh -c {uri} list --all"
+    opening = _aside(libvirt.open, (uri,))
+    try:
+        connection = _awaited(opening, within)
+    except libvirt.libvirtError as error:
+        raise Unreachable(f"libvirt can't be reached at {uri}: {error}", hint=hint) from error
+    except TimeoutError:
+        opening.add_done_callback(_close)
+        said = f"libvirt at {uri} does not answer (waited {within:g} s): it hangs, or is starting"
+        raise Unreachable(said, hint=hint) from None
+    with contextlib.suppress(libvirt.libvirtError):  # a driver without a daemon has none
+        connection.setKeepAlive(_EVERY, _MISSED)
+    return connection
+
+
+def _close(opening: Future[Any]) -> None:
+    if opening.exception() is None:
+        opening.result().close()
+
+
+# -- a daemon that hangs -----------------------------------------------------------------------------------------------
+
+
+def _aside(function: Callable[..., T], arguments: tuple[Any, ...]) -> Future[T]:
+    """Call in a thread that can be left behind: nothing ends a call that a dead daemon should answer.
+
+    Its keepalives do, but of two calls at once on a connection libvirt's client ends one and loses the other (9.0).
+    """
+    future: Future[T] = Future()
+    _waiting.add(future)
+    threading.Thread(target=_carry_out, args=(future, function, arguments), daemon=True, name="libvirt-call").start()
+    return future
+
+
+def _carry_out(future: Future[T], function: Callable[..., T], arguments: tuple[Any, ...]) -> None:
+    with contextlib.suppress(InvalidStateError):  # whoever asked has gone
+        try:
+            answer = function(*arguments)
+        except Exception as error:  # passed on to whoever asked
+            future.set_exception(error)
+        else:
+            future.set_result(answer)
+    _waiting.discard(future)
+
+
+def _refuse_beside_a_dead_call() -> None:
+    """A call that was left (Ctrl-C) may wait for a daemon that hangs: then there is no second one beside it.
+
+    Raise Unreachable when that daemon does not let us in anew.
+    """
+    if any(future.cancelled() for future in _waiting):
+        connect_now(_uris[-1], LOOK).close()
+
+
+def _awaited(future: Future[T], within: float) -> T:
+    """Wait in a thread that runs an event loop; Ctrl-C is heard. Raise TimeoutError; CancelledError for a Ctrl-C."""
+    end, before = time.monotonic() + within, _cancelled()
+    while not future.done():
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        wait([future], min(left, _LOOK_EVERY))
+        if _cancelled() > before:
+            future.cancel()
+            raise asyncio.CancelledError
+    return future.result()
+
+
+def _cancelled() -> int:
+    """How often the task that waits in us, and so cannot be told, was cancelled: by Ctrl-C, or a limit."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop here
+        return 0
+    return task.cancelling() if task else 0
+
+
+@functools.cache
+def _serve_events(_process: int) -> None:
+    """Run libvirt's event loop in a thread, in each process once: keepalives are sent and heard there."""
+    libvirt.virEventRegisterDefaultImpl()
+    threading.Thread(target=_run_events, daemon=True, name="libvirt-events").start()
+
+
+def _run_events() -> None:
+    while True:
+        try:
+            libvirt.virEventRunDefaultImpl()
+        except libvirt.libvirtError:
+            time.sleep(1)
 
 
 def is_alive(connection: Any) -> bool:

@@ -14,8 +14,8 @@ import libvirt
 from diskchain.drivers import domain_xml
 from diskchain.drivers.domain_xml import DomainDisk
 from diskchain.drivers.domains import Domain
-from diskchain.drivers.libvirt_api import translated
-from diskchain.errors import Unreachable
+from diskchain.drivers.libvirt_api import asked, translated
+from diskchain.errors import DiskchainError, Unreachable
 
 SECURE = libvirt.VIR_DOMAIN_XML_SECURE
 INACTIVE = SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE
@@ -23,13 +23,9 @@ MIGRATABLE = SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
 
 
 def list_domains(connection: Any) -> list[Domain]:
-    """Return every domain of a connection. One that vanishes meanwhile is left out. Raise Unreachable."""
-    try:
-        found = connection.listAllDomains()
-    except libvirt.libvirtError as error:
-        raise translated(error, "list the domains") from error
+    """Return every domain of a connection. One that vanishes meanwhile is left out. Raise Unreachable, libvirtError."""
     listed = []
-    for domain in found:
+    for domain in connection.listAllDomains():
         try:
             listed.append(_listed(connection, domain))
         except libvirt.libvirtError as error:
@@ -50,11 +46,8 @@ def find_domain(connection: Any, text: str) -> Domain | None:
 
 
 def host_facts(connection: Any) -> tuple[int, int, str]:
-    """Return the versions of libvirt's daemon and its QEMU, and its capabilities XML. Raise Unreachable."""
-    try:
-        return int(connection.getLibVersion()), int(connection.getVersion()), str(connection.getCapabilities())
-    except libvirt.libvirtError as error:
-        raise translated(error, "ask what it can do") from error
+    """Return the versions of libvirt's daemon and its QEMU, and its capabilities XML. Raise libvirtError."""
+    return int(connection.getLibVersion()), int(connection.getVersion()), str(connection.getCapabilities())
 
 
 def _listed(connection: Any, domain: Any) -> Domain:
@@ -102,8 +95,13 @@ def _with_volume_path(connection: Any, disk: DomainDisk) -> DomainDisk:
     if disk.type != "volume" or disk.path is not None:
         return disk
     kinds = {libvirt.VIR_STORAGE_VOL_FILE: "file", libvirt.VIR_STORAGE_VOL_BLOCK: "block"}
-    try:
+
+    def look() -> tuple[int, str]:
         volume = connection.storagePoolLookupByName(disk.pool).storageVolLookupByName(disk.volume)
-        return replace(disk, type=kinds.get(volume.info()[0], "network"), path=Path(volume.path()))
-    except libvirt.libvirtError:
+        return volume.info()[0], volume.path()
+
+    try:
+        kind, path = asked("look for a volume", look)
+    except DiskchainError:
         return disk
+    return replace(disk, type=kinds.get(kind, "network"), path=Path(path))

@@ -17,6 +17,7 @@ from diskchain.ops.approve import approve_chain
 from diskchain.store.catalog import Home
 
 QEMU, LIBVIRT = "qemu", "libvirt"
+_ASKED_FOR = 3.0  # seconds that libvirt may hold us up when a machine of ours is meant
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Places:
     def _also_a_domain(self, name: str) -> Domain | None:
         """Whether a machine's name is a domain's too; a libvirt that can't be asked does not keep us from our machines."""
         try:
-            return self._domains.find(name)
+            return self._domains.find(name, _ASKED_FOR)
         except DiskchainError:
             return None
 

@@ -164,7 +164,9 @@ class LibvirtCase(Case):
 
     def open(self) -> Driver:
         """On a connection of its own."""
-        return open_driver(connect_now(self.rig.uri), self.guard_word, self.rig.uri, self.dir / "log" / "watchdog.log")
+        return open_driver(
+            connect_now(self.rig.uri, 30), self.guard_word, self.rig.uri, self.dir / "log" / "watchdog.log"
+        )
 
     def altered(self, *, memory: int = 128, machine: str = "") -> Definition:
         """With another XML."""

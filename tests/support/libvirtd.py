@@ -8,6 +8,7 @@ the tests are emulated.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support.rig import ROOT, has_ended
@@ -99,6 +101,16 @@ class Libvirtd:
             self._daemon.send_signal(sig)
             self._daemon.wait(30)
             self._daemon = None
+
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """In the block it is there, takes connections, and says nothing."""
+        assert self._daemon
+        self._daemon.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._daemon.send_signal(signal.SIGCONT)
 
     def virsh(self, *words: str, ok: bool = True) -> str:
         """Run virsh; it must succeed unless `ok` is False. Return what it said."""
