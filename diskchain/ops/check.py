@@ -33,7 +33,7 @@ from diskchain.ops import check_domain, check_states, drift, layers, leftovers, 
 from diskchain.ops.approve import checked_header, differing, fingerprint
 from diskchain.ops.definitions import verify_for_memory
 from diskchain.ops.look import expired
-from diskchain.ops.looked import Look, look
+from diskchain.ops.looked import Look, look, stands_still
 from diskchain.ops.vm import Host, definition_at, naming
 from diskchain.store import catalog as catalog_store
 from diskchain.store import memory_file
@@ -51,9 +51,7 @@ async def check(host: Host, name: str, *, deep: bool = False) -> list[Finding]:
     found = list(seen.findings)
     if seen.home is not None and seen.home.path.is_dir():
         found += _records(seen, seen.home)
-    if seen.state is VMState.CRASHED:
-        found.append(error("crashed", seen.name, "the guest has crashed; QEMU stands still",
-                           f"diskchain stop {seen.name} --force, then start"))  # fmt: skip
+    found += stands_still(seen)
     if seen.state is VMState.RUNNING and seen.home is not None:
         found += await _frozen_guest(host, seen, seen.home)
     if seen.catalog is not None and seen.domain and not seen.busy and not seen.in_flight:
@@ -100,7 +98,8 @@ def _files(host: Host, seen: Look, catalog: Catalog, home: Home, deep: bool) -> 
         found += check_states.own(seen.name, catalog, seen.driver(host))
     for snapshot in catalog.snapshots.values():
         found += _snapshot(seen, home, snapshot, deep)
-    found += leftovers.find(host, catalog, home, seen.in_flight)
+    own = set(map(str, seen.active.values()))  # where something else switched it to another file; `_active` says so
+    found += [f for f in leftovers.find(host, catalog, home, seen.in_flight) if f.subject not in own]
     found += _pending(seen, catalog)
     return found
 
@@ -233,10 +232,12 @@ def _active(seen: Look, catalog: Catalog) -> Iterator[Finding]:
 
 
 def _writers(seen: Look, catalog: Catalog) -> Iterator[Finding]:
-    """Somebody writes to a frozen layer, or to any layer of a VM that is off."""
+    """Somebody writes to a frozen layer, or to any layer of a VM that is off. What its own QEMU is on, `_active` judges."""
     active = set(catalog.active.values()) if seen.state is not VMState.STOPPED else set()
     for image in catalog.images.values():
-        if image.id in active or seen.state is None or not image.path.is_file() or image.path.is_symlink():
+        if image.id in active or image.path in seen.active.values() or seen.state is None:
+            continue
+        if not image.path.is_file() or image.path.is_symlink():
             continue
         with contextlib.suppress(OSError):
             if locks.has_writer(image.path):

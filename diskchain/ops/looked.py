@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from diskchain.chain.model import Catalog
-from diskchain.chain.rules import Finding, dangling, error, info, left_by_save, warning
+from diskchain.chain.rules import Finding, dangling, error, info, left_by_save, stopped_itself, warning
 from diskchain.drivers.domains import Domain
 from diskchain.drivers.machines import Registered
 from diskchain.drivers.protocol import Driver, VMState
 from diskchain.errors import DiskchainError, DriverFailed, NotFound, Refused, Unreachable, UnsupportedDisk, UsageError
-from diskchain.host import locks
+from diskchain.host import files, locks
 from diskchain.ops.adopt import catalog_of
 from diskchain.ops.places import Place
 from diskchain.ops.vm import Host
@@ -92,6 +92,25 @@ async def look(host: Host, name: str) -> Look:
     _read_journal(seen, home)
     await _ask(host, seen)
     return seen
+
+
+def stands_still(seen: Look) -> Iterator[Finding]:
+    """Why a guest stands still that nobody paused: it crashed, or a disk of it failed."""
+    if seen.state is VMState.CRASHED:
+        yield error("crashed", seen.name, "the guest has crashed; QEMU stands still",
+                    f"diskchain stop {seen.name} --force, then start")  # fmt: skip
+    if seen.state is VMState.CRITICAL:
+        images = seen.catalog.images if seen.catalog else {}
+        active = seen.catalog.active if seen.catalog else {}
+        places = {target: images[i].path.parent for target, i in active.items()}
+        yield stopped_itself(seen.name, seen.failed, {target: (path, _free(path)) for target, path in places.items()})
+
+
+def _free(place: Path) -> int:
+    try:
+        return files.free_bytes(place)
+    except DiskchainError:
+        return 0
 
 
 def _as_adopted(host: Host, seen: Look) -> None:

@@ -19,14 +19,13 @@ from diskchain.chain.rules import (
     info,
     memory_fits,
     old_snapshots,
-    stopped_itself,
 )
 from diskchain.drivers.protocol import VMState
 from diskchain.errors import DiskchainError
 from diskchain.host import files
 from diskchain.ops import drift, roles
 from diskchain.ops.look import age, expired
-from diskchain.ops.looked import Look, look
+from diskchain.ops.looked import Look, look, stands_still
 from diskchain.ops.save_memory import space_for
 from diskchain.ops.vm import Host
 from diskchain.store.catalog import Home
@@ -63,9 +62,7 @@ async def status(host: Host, name: str) -> Status:
     """Return how a VM is. Raise NotFound."""
     seen = await look(host, name)
     found = list(seen.findings)
-    if seen.state is VMState.CRASHED:
-        found.append(error("crashed", seen.name, "the guest has crashed; QEMU stands still",
-                           f"diskchain stop {seen.name} --force, then start"))  # fmt: skip
+    found += stands_still(seen)
     kind = seen.place.kind if seen.place else "qemu"
     if seen.catalog is None:
         return Status(seen.name, _word(seen), findings=found, driver=kind)
@@ -91,8 +88,6 @@ def _of_catalog(seen: Look, catalog: Catalog, found: list[Finding]) -> Status:
     found += old_snapshots(seen.name, ages)
     found += expired_snapshots(seen.name, expired(catalog, now))
     found += deep_chains(seen.name, depth)
-    if seen.state is VMState.CRITICAL:
-        found.append(stopped_itself(seen.name, seen.failed, _places(catalog, volumes)))
     for path, space in volumes.items():
         found += full_volume(seen.name, path, *space)
     if seen.state in (VMState.RUNNING, VMState.PAUSED, VMState.STOPPED) and (room := _room(home.disks_dir)) is not None:
@@ -148,11 +143,3 @@ def _volumes(catalog: Catalog, home: Home) -> dict[Path, tuple[int, int]]:
             numbers = (data.f_bavail * data.f_frsize, data.f_blocks * data.f_frsize)
             found.setdefault(directory.stat().st_dev, (directory, numbers))
     return dict(found.values())
-
-
-def _places(catalog: Catalog, volumes: dict[Path, tuple[int, int]]) -> dict[str, tuple[Path, int]]:
-    places = {}
-    for target, image_id in catalog.active.items():
-        directory = catalog.images[image_id].path.parent
-        places[target] = (directory, _room(directory) or 0)
-    return places
