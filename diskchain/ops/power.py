@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 
 from diskchain.drivers.protocol import VMState
-from diskchain.errors import DiskchainError, Refused
+from diskchain.errors import Busy, ChainDamaged, Degraded, DiskchainError, NoSpace, Refused
 from diskchain.host import files
 from diskchain.host.fault import point
 from diskchain.ops import layers, pending, quiesce, recover, state_files
@@ -65,7 +65,8 @@ async def stop(vm: VM, progress: Progress = QUIET, *, timeout: float, force: boo
                merge: bool = True) -> Stopped:  # fmt: skip
     """Stop the VM: power button, `timeout` seconds; with `force` at once, like a power cut. Then do pending merges.
 
-    Raise DiskchainError when the guest did not end (it goes on running), Refused when it is paused.
+    Raise DiskchainError when the guest did not end (it goes on running), Refused when it is paused, Degraded when it was
+    stopped and a pending merge can't begin.
     """
     state = await vm.driver.state()
     changed = not state.is_off
@@ -77,7 +78,13 @@ async def stop(vm: VM, progress: Progress = QUIET, *, timeout: float, force: boo
     if not merge:
         return Stopped(changed, [])
     await recover.recover(vm, progress)
-    return Stopped(changed, await pending.merge_pending(vm, progress))
+    try:
+        return Stopped(changed, await pending.merge_pending(vm, progress))
+    except (Refused, Busy, NoSpace, ChainDamaged) as error:  # no merge has begun
+        if not changed or journal.is_open(vm.home):
+            raise
+        raise Degraded(f"{vm.name} is stopped; what was deleted is not merged yet: {error.message}",
+                       hint=error.hint) from error  # fmt: skip
 
 
 async def _before_stop(vm: VM, progress: Progress, *, finish_save: bool) -> None:
