@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from diskchain.chain.model import Snapshot
 from diskchain.chain.text import size
 from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common, error_lines
@@ -116,7 +117,7 @@ def _shown_lines(shown: Shown) -> list[str]:
     fields = [
         ("name", snapshot.name), ("id", snapshot.id), ("created", snapshot.created), ("by", snapshot.by),
         ("description", snapshot.description or "-"), ("parent", view.parent or "-"), ("state", snapshot.state),
-        ("consistency", snapshot.consistency), ("skipped", ", ".join(snapshot.partial) or "-"), ("the VM was", snapshot.was),
+        ("consistency", _consistency(snapshot)), ("skipped", ", ".join(snapshot.partial) or "-"), ("the VM was", snapshot.was),
         ("paused", "-" if snapshot.pause_ms is None else f"{snapshot.pause_ms:.0f} ms"),
         ("protected", "yes" if snapshot.protected else "no"),
         ("expires", snapshot.expires or "-"), ("captured", ", ".join(captured(snapshot))),
@@ -125,6 +126,11 @@ def _shown_lines(shown: Shown) -> list[str]:
     lines = [f"{label + ':':<14} {text}" for label, text in fields]
     lines += ["layers, topmost first:", *map(_layer_line, shown.layers)]
     return [*lines, "configuration:", *_configuration(shown.configuration)]
+
+
+def _consistency(snapshot: Snapshot) -> str:
+    """Memory that holds frozen file systems says so; without memory `quiesced` is the word."""
+    return snapshot.consistency + (", file systems frozen" if snapshot.quiesced and snapshot.memory.saved else "")
 
 
 def _memory(shown: Shown) -> list[tuple[str, str]]:
