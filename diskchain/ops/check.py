@@ -221,14 +221,17 @@ def _active(seen: Look, catalog: Catalog) -> Iterator[Finding]:
     """What a running QEMU writes to against the catalog."""
     if seen.state is None or seen.state.is_off or seen.in_flight or not seen.active:
         return
+    way = f"diskchain {'adopt' if seen.domain else 'recover'} {seen.name}; do not stop the VM before you have a backup from inside"
     for target, image_id in catalog.active.items():
         says, path = seen.active.get(target), catalog.images[image_id].path
         if says is None:
-            yield error("active-differs", f"{seen.name} {target}", f"QEMU has no such disk, the catalog says {path}",
-                        f"diskchain recover {seen.name}; do not stop the VM before you have a backup from inside")  # fmt: skip
+            yield error(
+                "active-differs", f"{seen.name} {target}", f"QEMU has no such disk, the catalog says {path}", way
+            )
         elif says != path and not files.same_file(says, path) and not drift.is_stale(catalog, target, says):
-            yield error("active-differs", f"{seen.name} {target}", f"QEMU writes to {says}, the catalog says {path}",
-                        f"diskchain recover {seen.name}; do not stop the VM before you have a backup from inside")  # fmt: skip
+            yield error(
+                "active-differs", f"{seen.name} {target}", f"QEMU writes to {says}, the catalog says {path}", way
+            )
 
 
 def _writers(seen: Look, catalog: Catalog) -> Iterator[Finding]:

@@ -76,10 +76,13 @@ def of_others(name: str, target: str, chain: list[Image], frozen_at: list[float]
 
 
 def backing_stores(name: str, says: Mapping[str, list[Path]], chains: Mapping[str, list[Image]]) -> Iterator[Finding]:
-    """The chain that libvirt noted in its XML against the one in the headers. No note is none: libvirt reads the headers."""
+    """The chain that libvirt noted in its XML against the one in the headers. No note is none: libvirt reads the headers.
+
+    A disk that is on another file altogether was switched by something else; that is said elsewhere.
+    """
     for target, noted in says.items():
         chain = [image.path for image in chains.get(target, [])]
-        if noted and chain and not all(map(files.same_file, noted, chain)):
+        if noted and chain and files.same_file(noted[0], chain[0]) and not all(map(files.same_file, noted, chain)):
             one, other = (" <- ".join(path.name for path in reversed(paths)) for paths in (noted, chain))
             yield error("backing-store-differs", f"{name} {target}", f"its definition has the chain {one}, the files have {other}",
                         "with the VM off: virsh edit, and take <backingStore> out")  # fmt: skip
