@@ -131,6 +131,11 @@ def backing_stores(text: str) -> dict[str, list[Path]]:
     return found
 
 
+def noted_backing(text: str) -> set[str]:
+    """Return the targets of the disks of which the definition says what lies below the top."""
+    return {_target(e) for e in _disk_elements(parse(text)) if e.find("./backingStore/source") is not None}
+
+
 def with_sources(text: str, tops: Mapping[str, tuple[Path, str]]) -> str:
     """Return the XML with these files (and formats) as the disks' sources.
 

@@ -320,12 +320,16 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
 
     @patient
     async def align(self, chains: Chains, was: Collection[Path] = ()) -> list[str]:
-        """Define the domain again if its persistent definition names other layers of these chains, or one that `was`."""
+        """Define the domain again if its persistent definition names other layers of these chains, or one that `was`.
+
+        What libvirt noted there of the layers below, when it switched a running domain, it would believe at the next start.
+        """
         if not self._is_persistent():
             return []
         now = await self._xml(INACTIVE)
         named = {d.target: (d.path, d.fmt) for d in resolved(self._connection, now)}
-        tops = {target: top for target, top in _tops(chains).items() if named.get(target) != top}
+        noted = domain_xml.noted_backing(now)
+        tops = {target: top for target, top in _tops(chains).items() if target in noted or named.get(target) != top}
         foreign = [t for t in tops if t in named and not is_among(named[t][0], [*(i.path for i in chains[t]), *was])]
         ours = {target: chain for target, chain in chains.items() if target in tops and target not in foreign}
         if ours:

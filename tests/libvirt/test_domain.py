@@ -119,6 +119,21 @@ def test_running_domain_memory_revert_undo_and_delete(domain: Make) -> None:
     assert rig.ok("list", "vm", "--json").json["state"] == "running"
 
 
+def test_layer_between_live_snapshots_is_merged_and_the_domain_starts(domain: Make) -> None:
+    """libvirt notes the chain in the definition when it switches a running domain, and believes it at the next start."""
+    rig = domain(guest=False, size=8 * MiB)
+    rig.write(1, 0, MiB)
+    rig.remember("now")
+    rig.expected["one"] = rig.expected["two"] = rig.expected["now"]
+    rig.virsh("start", "vm", "--paused")
+    for name in ("one", "two"):
+        rig.ok("create", "vm", name, "--disk-only")
+    rig.virsh("destroy", "vm")
+    rig.ok("delete", "vm", "one", "-y")
+    rig.virsh("start", "vm", "--paused")
+    assert rig.verdict(present="now") == []
+
+
 def test_reading_writes_nothing_and_names_what_is_odd(domain: Make) -> None:
     """status, check and list on a domain that we never saw, with a chain of virsh's own and a managed save."""
     rig = domain(size=8 * MiB, targets=("vda",))
