@@ -26,7 +26,16 @@ from diskchain.drivers.libvirt_access import DomainAccess
 from diskchain.drivers.libvirt_agent import DomainAgent, WatchedDomain
 from diskchain.drivers.libvirt_api import LOOK, asked, called, connect_now, is_alive, patient
 from diskchain.drivers.libvirt_blocks import is_among
-from diskchain.drivers.libvirt_list import INACTIVE, MIGRATABLE, SECURE, find_domain, host_facts, list_domains, resolved
+from diskchain.drivers.libvirt_list import (
+    INACTIVE,
+    MIGRATABLE,
+    SECURE,
+    find_domain,
+    host_facts,
+    list_domains,
+    resolved,
+    with_files,
+)
 from diskchain.drivers.libvirt_listed import DomainSnapshots
 from diskchain.drivers.libvirt_monitor import Passthrough
 from diskchain.drivers.libvirt_state import DomainState
@@ -172,14 +181,17 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
 
     def definition(self) -> Definition:
         """The persistent definition (a transient domain has only its live one)."""
-        return _definition(persistent=self._xml_now(INACTIVE if self._is_persistent() else MIGRATABLE))
+        xml = self._xml_now(INACTIVE if self._is_persistent() else MIGRATABLE)
+        return _definition(persistent=with_files(self._connection, xml))
 
     async def live_definition(self) -> Definition:
         """What runs, as a restore needs it, and the persistent definition."""
         if (await self.state()).is_off:
             return self.definition()
         persistent = self.definition()
-        return _definition(persistent=_persistent(persistent), live=await self._xml(MIGRATABLE))
+        return _definition(
+            persistent=_persistent(persistent), live=with_files(self._connection, await self._xml(MIGRATABLE))
+        )
 
     def differences(self, old: Definition, new: Definition) -> list[str]:
         """Compare two domains in words."""

@@ -91,6 +91,14 @@ def resolved(connection: Any, xml: str) -> tuple[DomainDisk, ...]:
     return tuple(_with_volume_path(connection, disk) for disk in domain_xml.disks(xml))
 
 
+def with_files(connection: Any, xml: str) -> str:
+    """Return a definition that names the files that volumes are: it must be understood when the pool is gone."""
+    volumes = {
+        d.target: (d.path, d.fmt or "raw") for d in resolved(connection, xml) if d.pool and d.path and d.type == "file"
+    }
+    return domain_xml.with_sources(xml, volumes) if volumes else xml
+
+
 def _with_volume_path(connection: Any, disk: DomainDisk) -> DomainDisk:
     if disk.type != "volume" or disk.path is not None:
         return disk

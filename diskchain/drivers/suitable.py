@@ -45,6 +45,9 @@ def _why_not(disk: DomainDisk) -> tuple[str, str] | None:
     if disk.type == "network":
         how = _NATIVE.get(disk.protocol, "the server's own snapshots")
         return f"a network disk ({disk.protocol or 'unknown protocol'})", how
+    if disk.type == "volume":
+        why = f"a volume that libvirt does not find ({disk.volume} in the pool {disk.pool})"
+        return why, f"virsh pool-start {disk.pool}, virsh pool-refresh {disk.pool}"
     if disk.type == "block" or disk.device == "lun":
         return f"a block device ({disk.path})", f"lvcreate -s -n NAME {disk.path}, or the storage's own snapshots"
     if disk.type != "file" or disk.path is None:

@@ -37,9 +37,13 @@ def refreshed(catalog: Catalog, domain: Domain, roots: Sequence[Path], *, moved:
     """Return the catalog with the disks that the domain has now: those attached since are added, the others detached.
 
     Raise ChainDamaged when a disk that is known lies elsewhere now: something else than diskchain switched it. With `moved`
-    that is not looked at.
+    that is not looked at. Raise UnsupportedDisk when libvirt can't tell where it lies.
     """
-    taken = suitable(domain.disks)[0]
+    taken, refused = suitable(domain.disks)
+    lost = {disk.target for disk in domain.disks if disk.type == "volume" and disk.target in catalog.active}
+    for one in refused:
+        if one.target in lost:
+            raise UnsupportedDisk(f"{one.target} of {domain.name} is {one.why}", hint=one.instead)
     for target, disk in taken.items():
         known = catalog.active.get(target)
         if not moved and known is not None and disk.path and not files.is_same(catalog.images[known].path, disk.path):
