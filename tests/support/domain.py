@@ -34,6 +34,7 @@ class DomainRig(Rig):
         for target in self.targets:
             fmt = "raw" if target in self.raw else "qcow2"
             self.qemu_img("create", "-q", "-f", fmt, str(self.dir / f"{target}.{fmt}"), str(self.size))
+            self.make_ext4(target)
         (self.dir / "vm.xml").write_text(self.xml(guest=guest))
         self.virsh("define", str(self.dir / "vm.xml"))
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ WRITES = r"^F (\d+) (\d+)"
 class Quiet:
     """The rig, its console, and questions about its writer."""
 
-    def __init__(self, directory: Path, modes: str = "cnt,tick,fsvdb,agent") -> None:
-        self.rig = Rig(directory, modes=modes, raw=("vdb",), ext4=("vdb",), agent=True)
+    def __init__(self, directory: Path, modes: str = "cnt,tick,fsvdb,agent", make: Callable[..., Rig] = Rig) -> None:
+        self.rig = make(directory, modes=modes, raw=("vdb",), ext4=("vdb",), agent=True)
         self.rig.build(guest=True)
         self.rig.ok("start", "vm")
         self.console = Console(self.rig.console())

@@ -85,11 +85,15 @@ class Rig:
         for target in self.targets:
             fmt = "raw" if target in self.raw else "qcow2"
             self.qemu_img("create", "-q", "-f", fmt, str(self.dir / f"{target}.{fmt}"), str(self.size))
-            if target in self.ext4:
-                subprocess.run(["mkfs.ext4", "-q", "-F", str(self.dir / f"{target}.{fmt}")], check=True)
+            self.make_ext4(target)
             lines += ["[[disk]]", f'target = "{target}"', f'image = "{target}.{fmt}"']
         (self.dir / "vm.toml").write_text("\n".join(lines) + "\n")
         self.ok("machine", "define", str(self.dir / "vm.toml"), fault=fault)
+
+    def make_ext4(self, target: str) -> None:
+        """A file system on a raw disk that is to have one."""
+        if target in self.ext4:
+            subprocess.run(["mkfs.ext4", "-q", "-F", str(self.dir / f"{target}.raw")], check=True)
 
     @property
     def env(self) -> dict[str, str]:
