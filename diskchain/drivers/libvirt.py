@@ -391,6 +391,10 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
         if devices:
             raise MemoryNotSaved(f"the memory of {self.name} can't be saved: devices of the host are passed to it "
                                  f"({', '.join(devices)})", hint="use --disk-only")  # fmt: skip
+        if await libvirt_blocks.are_let_go(self._monitor):
+            raise MemoryNotSaved(f"{self.name} was migrated while it was paused, and has not run since: QEMU can't save it",
+                                 hint=f"let it run for a moment: virsh resume {self.name}; virsh suspend {self.name}; "
+                                 "or use --disk-only")  # fmt: skip
 
     async def reconnect(self) -> None:
         """Look for the domain at a new daemon, until it answers. Raise Unreachable after a minute, NotFound.

@@ -30,6 +30,19 @@ async def written_files(monitor: Commander, aliases: Mapping[str, str]) -> dict[
     return found
 
 
+async def are_let_go(monitor: Commander) -> bool:
+    """Whether QEMU holds no disk for writing: after a migration of a paused domain it takes them only when it runs.
+
+    QEMU 7.2 ends (an assertion in bdrv_inactivate_recurse) when it is to let go of them once more.
+    """
+    with contextlib.suppress(DriverFailed):
+        graph = await monitor.execute("x-debug-query-block-graph")
+        disks = {node["id"] for node in graph["nodes"] if node["type"] == "block-backend"}
+        rights = [edge["perm"] for edge in graph["edges"] if edge["parent"] in disks]
+        return bool(rights) and not any("write" in right for right in rights)
+    return False
+
+
 async def drop_unused(monitor: Commander, paths: Collection[Path]) -> None:
     """Close images that a daemon had opened for a switch and was killed before; one that is in use stays."""
     nodes = [n for n in await monitor.execute("query-named-block-nodes", flat=True) if _is_one_of(n, paths)]
