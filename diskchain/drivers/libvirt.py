@@ -144,6 +144,7 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
 
     async def refuse(self, operation: str) -> None:
         """A managed save holds memory that fits only the disks as they are; a job of libvirt's moves their data."""
+        await self.refuse_elsewhere()
         if await called("ask for a managed save", self._domain.hasManagedSaveImage, 0):
             raise Refused(f"{self.name} has a managed save: its memory fits the disks only as they are now",
                           hint=f"virsh start {self.name}, or drop it: virsh managedsave-remove {self.name}")  # fmt: skip
@@ -168,6 +169,15 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
             if await called("ask for block jobs", self._domain.blockJobInfo, target, 0):
                 raise Refused(f"a block job is at work on {target} of {self.name}",
                               hint=f"virsh blockjob {self.name} {target}; wait for its end")  # fmt: skip
+
+    @patient
+    async def refuse_elsewhere(self) -> None:
+        """libvirt knows why a domain is off, until it is started again."""
+        state, reason = await called("ask for the state", self._domain.state)
+        if (state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED):
+            raise Refused(f"{self.name} was migrated to another host, where its disks may be in use",
+                          hint="run diskchain there; if it is off there and is to run here again: "
+                          f"virsh start {self.name}")  # fmt: skip
 
     async def failed_disks(self) -> dict[str, str]:
         """libvirt's record of I/O errors."""
@@ -245,6 +255,7 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
 
     async def start(self, chains: Chains, *, paused: bool = False) -> None:
         """Start the domain as it is defined: with these chains, or its definition would have been refused before."""
+        await self.refuse_elsewhere()
         flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
         await called("start the domain", self._domain.createWithFlags, flags)
 
@@ -376,6 +387,8 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
         flags = (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
                  | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA)  # fmt: skip
         now = await self._xml(SECURE)
+        if (await self.state()).is_off:  # libvirt would switch what it starts with next
+            raise DriverFailed(f"{self.name} is off since a moment ago")
         libvirt_blocks.refuse_other_layers(self.name, self._below, _files(resolved(self._connection, now)))
         xml = domain_xml.snapshot(now, overlays)
         await called("switch the disks", self._domain.snapshotCreateXML, xml, flags)
@@ -386,7 +399,7 @@ class LibvirtDriver(DomainAgent, DomainSnapshots, DomainState, DomainAccess):
         return await migration.progress(self._monitor)
 
     async def check_memory_save(self) -> None:
-        """Host devices keep their state to themselves."""
+        """Host devices keep their state to themselves; a QEMU that has let go of its disks would end."""
         devices = domain_xml.passthrough(await self._xml(SECURE))
         if devices:
             raise MemoryNotSaved(f"the memory of {self.name} can't be saved: devices of the host are passed to it "

@@ -173,6 +173,11 @@ class Driver(Protocol):
         `operation`: create, revert, merge or restart.
         """
 
+    async def refuse_elsewhere(self) -> None:
+        """Raise Refused when the VM is off here because it was migrated to another host: only there can be told what of an
+        operation was carried out.
+        """
+
     async def failed_disks(self) -> dict[str, str]:
         """Return for each disk whose last I/O failed why: `nospace` or `failed`. The VM is on."""
 

@@ -153,6 +153,9 @@ class QemuDriver(QemuDisks, QemuAgent, MemorySaver):
     async def refuse(self, operation: str) -> None:
         """Nobody else manages our machines."""
 
+    async def refuse_elsewhere(self) -> None:
+        """Nobody migrates them."""
+
     def _machine_running(self) -> Machine:
         try:
             return Machine.from_dict(json.loads((self.run_dir / "machine.json").read_bytes())["machine"])

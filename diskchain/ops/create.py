@@ -171,6 +171,7 @@ async def create(vm: VM, request: Request, progress: Progress = QUIET) -> Snapsh
 
 async def _after_failure(vm: VM, entry: Entry, progress: Progress) -> Snapshot | None:
     """Something failed before `switched` was noted. Return the snapshot when the disks were switched all the same."""
+    await vm.driver.refuse_elsewhere()
     if entry.state == "intent":
         await undo(vm, entry)
     elif entry.state == "prepared":

@@ -55,6 +55,7 @@ async def recover(vm: VM, progress: Progress = QUIET, *, undo: bool = False,
     state, name = entry.state, str(entry.data.get("name", entry.id))
     handlers = {"create": _create, "revert": _revert, "delete": _delete, "repair": _repair, "move": _move,
                 "delete-to": _elsewhere, "detach-to": _elsewhere}  # fmt: skip
+    await vm.driver.refuse_elsewhere()
     if entry.op not in handlers:
         raise RecordDamaged(f"the journal of {vm.name} holds an operation {entry.op!r} of a newer diskchain")
     outcome, note = await handlers[entry.op](vm, entry, progress, undo, finish)

@@ -83,6 +83,7 @@ async def revert(vm: VM, request: Request, progress: Progress = QUIET) -> Revert
                 await _stop(vm, entry, prepared, progress)
             except (DiskchainError, OSError, asyncio.CancelledError):
                 held.close()
+                await vm.driver.refuse_elsewhere()
                 await undo(vm, entry)
                 raise
             entry.advance("switched")

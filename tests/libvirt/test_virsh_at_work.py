@@ -99,12 +99,14 @@ def test_virsh_destroys_in_our_create_and_nothing_is_lost(domain: Make, point: s
     """Before the switch: undone. After it: the snapshot stays, without memory."""
     rig = paused(domain)
     rig.remember("now")
-    rig.expected["s0"] = rig.expected["now"]
+    rig.expected["before"] = rig.expected["s0"] = rig.expected["now"]
+    rig.ok("create", "vm", "before", "--disk-only")
     destroy = lambda: rig.virsh("destroy", "vm")  # noqa: E731
     code, err = stopped_at(rig, point, "create", "vm", "s0", "--memory=paused", meanwhile=destroy)
     assert code != 0 and "Traceback" not in err, (code, err)
     rig.ok("recover", "vm")
     assert rig.verdict(present="now") == [] and rig.virsh("domstate", "vm") == "shut off"
+    assert ("s0" in rig.snapshots()) is (point != "create.prepared.after")
     rig.virsh("start", "vm", "--paused")
 
 

@@ -39,9 +39,12 @@ hide_kvm() {
 
 
 class Libvirtd:
-    """One daemon. `start` and `stop` may be called again and again; its VMs outlive it, as real ones do."""
+    """One daemon. `start` and `stop` may be called again and again; its VMs outlive it, as real ones do.
 
-    def __init__(self, *, user: str = "root", settings: tuple[str, ...] = ()) -> None:
+    `host`: a uuid, so that libvirt takes it for that of another host, to which a domain can be migrated.
+    """
+
+    def __init__(self, *, user: str = "root", settings: tuple[str, ...] = (), host: str = "") -> None:
         self.dir = Path(tempfile.mkdtemp(prefix="dclv-", dir="/tmp"))  # sockets have short names
         self.cache = ROOT / ".cache" / "libvirt"
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,7 @@ class Libvirtd:
         (self.dir / "etc" / "qemu.conf").write_text("\n".join(lines) + "\n")
         (self.dir / "etc" / "libvirtd.conf").write_text(
             f'unix_sock_dir="{self.dir}/sock"\nauth_unix_ro="none"\nauth_unix_rw="none"\n'
-            f'log_outputs="3:file:{self.dir}/log/libvirtd.log"\n'
+            f'log_outputs="3:file:{self.dir}/log/libvirtd.log"\n' + (f'host_uuid="{host}"\n' if host else "")
         )
         self._daemon: subprocess.Popen[bytes] | None = None
 
