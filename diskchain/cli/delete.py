@@ -52,7 +52,10 @@ RESTART = 20.0  # seconds, roughly: a guest that goes down and comes up
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for. `pick`: given the catalog and the names that are deleted already, the ids of those that go."""
+    """What was asked for. `pick`: given the catalog and the names that are deleted already, the ids of those that go.
+
+    `waiting`: those of them that waited for their merge when the plan was made.
+    """
 
     word: str
     pick: Callable[[Catalog, Collection[str]], list[str]]
@@ -64,6 +67,7 @@ class Asked:
     to: Path | None = None
     words: str = ""  # the names, as typed
     rate: int | None = None
+    waiting: frozenset[str] = frozenset()
 
 
 @click.command(epilog="Example: diskchain delete web1 before-upgrade")
@@ -191,6 +195,7 @@ async def _delete(app: App, host: Host, name: str, asked: Asked) -> None:
             if not ids:
                 _tell_nothing(app, vm, asked, done)
                 return
+            asked = replace(asked, waiting=frozenset(s.id for s in vm.catalog.pending() if s.id in ids))
             deletions = _chosen(vm, asked, plan_all(vm.catalog, ids, data=not later, copy=asked.copy))
             if not any(d.moves_data for d in deletions):
                 asked = replace(asked, restart=False)  # nothing that the VM would have to be off for
@@ -280,9 +285,12 @@ async def _restarting(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[
 
 async def _delete_all(app: App, host: Host, vm: VM, asked: Asked, ids: Sequence[str], *, data: bool) -> list[Merged]:
     """Carry it out, planned anew on what is there now. The lock is held."""
-    if await context.settle(app, host, vm):  # it may have been the same delete
+    settled = await context.settle(app, host, vm)
+    if settled:  # it may have been the same delete
         ids = [i for i in ids if i in vm.catalog.snapshots]
-    if not set(ids) <= {s.id for s in vm.catalog.snapshots.values() if not s.creating}:
+    waiting = {s.id for s in vm.catalog.pending() if settled or s.id in asked.waiting}
+    there = {s.id for s in vm.catalog.visible()} | waiting
+    if not set(ids) <= there:
         raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")
     merged: list[Merged] = []
     for planned in plan_all(vm.catalog, ids, data=data, copy=asked.copy):

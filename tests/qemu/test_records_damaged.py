@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,19 @@ def test_second_diskchain_is_told_who_is_at_work_and_can_wait(tree: Rig) -> None
     tree.expected["one"] = tree.expected["two"] = tree.expected["now"]
     assert tree.verdict(present="now") == []
     assert {"one", "two"} <= tree.snapshots().keys()
+
+
+def test_snapshot_that_another_delete_took_meanwhile_is_not_deleted_again(tree: Rig) -> None:
+    """At a fork its layer waits, so it is still in the catalog: the second said that it had deleted it, too."""
+    first = tree.popen("delete", "vm", "s1", "-y", fault="stop:delete.intent.before")
+    wait_for(lambda: process_state(first.pid) in ("T", "t"), "the first stands")
+    second = tree.popen("--json", "delete", "vm", "s1", "-y", "--wait", "30s")
+    time.sleep(1)  # its plan is made, it waits for the lock; if it is not, it is told that there is no such snapshot
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait(60) == 0
+    out, err = second.communicate(timeout=60)
+    check_error(Answer(second.returncode, out, err), code=(4, 5))
+    assert tree.verdict(present="now") == [] and "s1" not in tree.snapshots()
 
 
 def test_creates_at_the_same_moment_all_succeed_and_one_name_only_once(tree: Rig) -> None:
