@@ -17,7 +17,7 @@ from typing import ClassVar
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.faults import FaultsWorker, ShimTree
 from scripts.torture_cases.shim import FAIL, Shim
-from scripts.torture_cases.tree import EVERY, TreeRig, differing
+from scripts.torture_cases.tree import EVERY, TreeRig, Trees, differing
 from tests.support.console import Console
 from tests.support.counted import count_on
 from tests.support.rig import ROOT, MiB, Rig
@@ -117,7 +117,7 @@ def on_a_tree(look: Callable[[ShimTree], Result | None]) -> Look:
 @on_a_tree
 def unlinked_first(tree: ShimTree) -> Result | None:
     """Layers go before what stands on them is relinked: a kill in between must be seen."""
-    worker, name = FaultsWorker(tree), "delete-with-survivor"
+    worker, name = FaultsWorker(Trees((EVERY, lambda: tree))), "delete-with-survivor"
     total = tree.count(EVERY[name])
     for n in sorted(range(1, total + 1), key=lambda n: abs(n - total * 2 // 3)):  # that is about where it is
         result = worker.run(f"{name}:{n}:kill")

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.faults import undocumented
-from scripts.torture_cases.tree import EVERY, Tree
+from scripts.torture_cases.tree import EVERY, PLACES, PlacesTree, Tree
 from tests.support.rig import MiB
 from tests.support.zygote import Zygote
 
@@ -84,19 +84,18 @@ class Enospc(Campaign):
 
 
 class EnospcWorker(Worker):
-    """A tree on each file system."""
+    """A tree of each kind on each file system."""
 
     def __init__(self, seed: int, place: Path) -> None:
         self._seed, self._place = seed, place
-        self._on: dict[str, tuple[Volume, Tree]] = {}
+        self._on: dict[tuple[str, type[Tree]], tuple[Volume, Tree]] = {}
         self._last: Tree | None = None
 
     def run(self, case: str) -> Result:
         kind, rng = case.split(":")[0], random.Random(f"enospc {self._seed} {case}")
-        volume, tree = self._of(kind)
-        self._last = tree
-        name = rng.choice(sorted(EVERY))
-        command = EVERY[name]
+        name = rng.choice(sorted([*EVERY, *PLACES]))
+        volume, tree = self._of(kind, PlacesTree if name in PLACES else Tree)
+        self._last, command = tree, tree.cases[name]
         usual = tree.usual_time(name)
         tree.restore(command)
         after, leave = rng.random() * usual, rng.choice((0, 0, 4096, 65536, rng.randrange(4 * MiB)))
@@ -116,18 +115,18 @@ class EnospcWorker(Worker):
         full = tree.rig.run("recover", "vm") if rng.random() < 0.5 else answer
         volume.free()
         wrong, lost, silent, stuck = tree.recovered(command, answer)
-        wrong = [*undocumented(answer), *undocumented(full), *wrong]
+        wrong = [*undocumented(answer, command.args), *(undocumented(full) if full is not answer else []), *wrong]
         taken = ", every free block taken" if hungry else ""
         note = (
             f"{name}: {leave} bytes left after {after:.3f} of {usual:.3f} s{taken} -> {answer.code}, then {full.code}"
         )
         return Result(case, answer.code not in (0, 7), wrong, lost, silent, stuck, 1, note)
 
-    def _of(self, kind: str) -> tuple[Volume, Tree]:
-        if kind not in self._on:
-            volume = Volume(kind, self._place / kind)
-            self._on[kind] = volume, Tree(volume.path / "tree", Zygote())
-        return self._on[kind]
+    def _of(self, kind: str, of: type[Tree]) -> tuple[Volume, Tree]:
+        if (kind, of) not in self._on:
+            volume = Volume(kind, self._place / f"{kind}-{of.__name__.lower()}")
+            self._on[kind, of] = volume, of(volume.path / "tree", Zygote())
+        return self._on[kind, of]
 
     def keep(self, to: Path) -> None:
         if self._last:

@@ -17,7 +17,7 @@ from typing import ClassVar
 from scripts.torture_cases import shim
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.shim import Shim
-from scripts.torture_cases.tree import EVERY, SIZE, Tree, TreeWorker
+from scripts.torture_cases.tree import EVERY, PLACES, SIZE, PlacesRig, PlacesTree, Tree, Trees, TreesWorker
 from tests.support.rig import Answer, Rig
 from tests.support.tree_cases import Case, without_let_go
 from tests.support.zygote import Zygote
@@ -31,6 +31,7 @@ KINDS = {
     "ENOSPC-sticky": (shim.FAIL, errno.ENOSPC, True),
 }
 DOCUMENTED = {0, 1, 3, 5, 6, 7, 8, 12, -signal.SIGKILL}
+FOUND = {10, 11}  # of check: something is still wrong
 AGAIN = 0.75  # share of the kills whose recovery meets a fault, too
 
 
@@ -59,6 +60,17 @@ class ShimTree(Tree):
         return answer, what if hits else ""
 
 
+class ShimPlaces(ShimTree, PlacesTree):
+    """The same for the tree in two directories."""
+
+    rig: PlacesRig
+
+
+def shim_trees(place: Path) -> Trees[ShimTree]:
+    """Return the trees of all commands on a stopped VM."""
+    return Trees[ShimTree]((EVERY, lambda: ShimTree(place / "usual")), (PLACES, lambda: ShimPlaces(place / "places")))
+
+
 class Faults(Campaign):
     """A fault at an exact call."""
 
@@ -67,21 +79,27 @@ class Faults(Campaign):
     counts: ClassVar[tuple[int, int, int]] = (60, 1000, 2000)
 
     def cases(self) -> Iterator[str]:
-        tree = ShimTree(self.place / f"{self.name}-count")
+        trees = shim_trees(self.place / f"{self.name}-count")
         try:
-            every = points(tree, tuple(EVERY))
+            every = points(trees, trees.names)
         finally:
-            tree.close()
+            trees.close()
         yield from shuffled(every, random.Random(f"{self.name} {self.seed}"))
 
     def worker(self, place: Path) -> Worker:
-        return FaultsWorker(ShimTree(place))
+        return FaultsWorker(shim_trees(place))
 
 
-def points(tree: ShimTree, names: Sequence[str]) -> list[str]:
+def points(trees: Trees[ShimTree], names: Sequence[str]) -> list[str]:
     """Return every call of these commands with every kind of fault."""
-    counts = {name: tree.count(EVERY[name]) for name in names}
-    return [f"{name}:{n}:{kind}" for name, count in counts.items() for n in range(1, count + 1) for kind in KINDS]
+    return [f"{case}:{kind}" for case in _counted(trees, names) for kind in KINDS]
+
+
+def _counted(trees: Trees[ShimTree], names: Sequence[str], *, syncs_only: bool = False) -> Iterator[str]:
+    for name in names:
+        tree = trees.of(name)
+        count = tree.count(tree.cases[name], syncs_only=syncs_only)
+        yield from (f"{name}:{n}" for n in range(1, count + 1))
 
 
 def shuffled(every: list[str], rng: random.Random) -> Iterator[str]:
@@ -92,36 +110,37 @@ def shuffled(every: list[str], rng: random.Random) -> Iterator[str]:
         yield case + (f"+{rng.randrange(1, 40)}:{rng.choice(sorted(KINDS))}" if again else "")
 
 
-def sync_points(tree: ShimTree, names: Sequence[str]) -> list[str]:
+def sync_points(trees: Trees[ShimTree], names: Sequence[str]) -> list[str]:
     """Return every sync of these commands with every way to fail."""
-    counts = {name: tree.count(EVERY[name], syncs_only=True) for name in names}
     kinds = ("EIO", "EIO-sticky", "ENOSPC")
-    return [f"{name}:{n}:{kind}" for name, count in counts.items() for n in range(1, count + 1) for kind in kinds]
+    return [f"{case}:{kind}" for case in _counted(trees, names, syncs_only=True) for kind in kinds]
 
 
-class FaultsWorker(TreeWorker[ShimTree]):
-    """One tree, struck again and again."""
+class FaultsWorker(TreesWorker[ShimTree]):
+    """Trees that are struck again and again."""
 
     def run(self, case: str) -> Result:
         first, _, second = case.partition("+")
         name, n, kind = first.split(":")
-        command = EVERY[name]
-        self._tree.restore(command)
-        answer, what = self._tree.struck(command.args, int(n), kind)
-        wrong, notes, faults = undocumented(answer), [f"{what} -> {answer.code}"], int(bool(what))
+        tree = self._trees.of(name)
+        command = tree.cases[name]
+        tree.restore(command)
+        answer, what = tree.struck(command.args, int(n), kind)
+        wrong, notes, faults = undocumented(answer, command.args), [f"{what} -> {answer.code}"], int(bool(what))
         if second and what:
             n, kind = second.split(":")
-            again, what2 = self._tree.struck(("recover", "vm"), int(n), kind)
+            again, what2 = tree.struck(("recover", "vm"), int(n), kind)
             wrong += undocumented(again)
             notes.append(f"recover: {what2} -> {again.code}")
             faults += bool(what2)
-        found, lost, silent, stuck = self._tree.recovered(command, answer)
+        found, lost, silent, stuck = tree.recovered(command, answer)
         return Result(case, bool(what), [*wrong, *found], lost, silent, stuck, faults, "; ".join(notes))
 
 
-def undocumented(answer: Answer) -> list[str]:
+def undocumented(answer: Answer, args: Sequence[str] = ()) -> list[str]:
     """What is wrong with how a command ended."""
-    if answer.code not in DOCUMENTED or "Traceback" in answer.err or "this is a bug" in answer.err:
+    documented = DOCUMENTED | (FOUND if args[:1] == ("check",) else set())
+    if answer.code not in documented or "Traceback" in answer.err or "this is a bug" in answer.err:
         return [f"ended with {answer.code}: {answer.err.strip()[-600:]}"]
     return []
 
@@ -135,35 +154,36 @@ class Flushes(Campaign):
 
     def cases(self) -> Iterator[str]:
         """Each sync of each command, then all of them with other writes of the guest."""
-        tree = ShimTree(self.place / f"{self.name}-count")
+        trees = shim_trees(self.place / f"{self.name}-count")
         try:
-            found = sync_points(tree, tuple(EVERY))
+            found = sync_points(trees, trees.names)
         finally:
-            tree.close()
+            trees.close()
         random.Random(f"{self.name} {self.seed}").shuffle(found)
         for turn in range(100):
             yield from (f"{case}:{turn}" for case in found)
 
     def worker(self, place: Path) -> Worker:
-        return FlushesWorker(self.seed, ShimTree(place))
+        return FlushesWorker(self.seed, shim_trees(place))
 
 
-class FlushesWorker(TreeWorker[ShimTree]):
-    """One tree whose syncs fail."""
+class FlushesWorker(TreesWorker[ShimTree]):
+    """Trees whose syncs fail."""
 
-    def __init__(self, seed: int, tree: ShimTree) -> None:
-        super().__init__(tree)
+    def __init__(self, seed: int, trees: Trees[ShimTree]) -> None:
+        super().__init__(trees)
         self._seed = seed
 
     def run(self, case: str) -> Result:
         name, n, kind, _ = case.split(":")
-        command = EVERY[name]
-        self._tree.restore(command)
-        answer, what = self._tree.struck(command.args, int(n), kind, syncs_only=True)
-        wrong, lost, silent, stuck = self._tree.recovered(command, answer)
-        wrong = [*undocumented(answer), *wrong]
+        tree = self._trees.of(name)
+        command = tree.cases[name]
+        tree.restore(command)
+        answer, what = tree.struck(command.args, int(n), kind, syncs_only=True)
+        wrong, lost, silent, stuck = tree.recovered(command, answer)
+        wrong = [*undocumented(answer, command.args), *wrong]
         if not wrong:
-            wrong, lost = guest_writes(self._tree, command, random.Random(f"guest {self._seed} {case}"))
+            wrong, lost = guest_writes(tree, command, random.Random(f"guest {self._seed} {case}"))
             silent = bool(wrong)
         return Result(case, bool(what), wrong, lost, silent, stuck, int(bool(what)), f"{what} -> {answer.code}")
 

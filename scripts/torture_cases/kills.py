@@ -1,27 +1,31 @@
 """Random SIGKILL of diskchain, of its qemu-img, of both, at random times in every command, the recovery included.
 
-A case is a number: it chooses the command, who is killed when (as a share of the command's usual time), and how many
-recoveries are killed before the last. The machine may run on elsewhere: times are not exactly repeatable, the rest is.
+A case is a number, or live:N of a VM that runs: it chooses the command, who is killed when (as a share of the command's
+usual time), and how many recoveries are killed before the last. The machine may run on elsewhere: times are not exactly
+repeatable, the rest is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
-from scripts.torture_cases.tree import EVERY, Tree, TreeWorker
-from tests.support.rig import Answer
+from scripts.torture_cases.live import LIVE, LiveTree
+from scripts.torture_cases.tree import EVERY, PLACES, PlacesTree, Tree, Trees, TreesWorker
+from tests.support.rig import Answer, Rig
 from tests.support.zygote import Zygote
 
+T = TypeVar("T", bound=Tree)
 WHO = ("diskchain", "child", "both")
 
 
@@ -103,42 +107,54 @@ class Kills(Campaign):
     unit: ClassVar[str] = "kills"
     counts: ClassVar[tuple[int, int, int]] = (60, 1000, 5000)
 
+    def cases(self) -> Iterator[str]:
+        """Some with a running VM."""
+        return (f"live:{n}" if n % 25 == 24 else str(n) for n in itertools.count())
+
     def worker(self, place: Path) -> Worker:
-        return KillsWorker(self.seed, Tree(place, Zygote()))
+        zygote = Zygote()
+        trees = Trees[Tree](
+            (EVERY, lambda: Tree(place / "usual", zygote)),
+            (PLACES, lambda: PlacesTree(place / "places", zygote)),
+            (LIVE, lambda: LiveTree(place / "live", zygote)),
+        )
+        return KillsWorker(self.seed, trees)
 
 
-class KillsWorker(TreeWorker[Tree]):
-    """One tree, shot at again and again."""
+class KillsWorker(TreesWorker[T]):
+    """Trees that are shot at again and again."""
 
-    def __init__(self, seed: int, tree: Tree) -> None:
-        super().__init__(tree)
-        self._seed = seed
+    def __init__(self, seed: int, trees: Trees[T]) -> None:
+        super().__init__(trees)
+        self._seed, self._names = seed, [name for name in trees.names if name not in LIVE]
 
     def run(self, case: str) -> Result:
         rng = random.Random(f"kills {self._seed} {case}")
-        name = rng.choice(sorted(EVERY))
-        command = EVERY[name]
-        usual = self._tree.usual_time(name)
-        self._tree.restore(command)
+        name = rng.choice(sorted(LIVE) if case.startswith("live:") else self._names)
+        tree = self._trees.of(name)
+        command = tree.cases[name]
+        usual = tree.usual_time(name)
+        tree.restore(command)
         shots = [Shot.at_random(rng)]
         while rng.random() < 0.4:
             shots.append(Shot.at_random(rng))
-        answer, hit = self._shot_at(command.args, shots[0], usual)
+        answer, hit = shot_at(tree.rig, command.args, shots[0], usual)
         hits = int(hit)
         for shot in shots[1:] if hit else ():
-            hits += self._shot_at(("recover", "vm"), shot, usual)[1]
-        wrong, lost, silent, stuck = self._tree.recovered(command, answer)
+            hits += shot_at(tree.rig, ("recover", "vm"), shot, usual)[1]
+        wrong, lost, silent, stuck = tree.recovered(command, answer)
         note = f"{name}: {shots}, the command ended with {answer.code}"
         return Result(case, bool(hits), wrong, lost, silent, stuck, hits, note)
 
-    def _shot_at(self, args: Sequence[str], shot: Shot, usual: float) -> tuple[Answer, bool]:
-        killers: list[Killer] = []
 
-        def started(pid: int) -> None:
-            with contextlib.suppress(ProcessLookupError):  # it was quicker than we
-                killers.append(Killer(pid, shot, usual))
-                killers[0].start()
+def shot_at(rig: Rig, args: Sequence[str], shot: Shot, usual: float) -> tuple[Answer, bool]:
+    """Run a command that is shot at; return its answer, and whether anybody was hit."""
+    killers: list[Killer] = []
 
-        rig = self._tree.rig
-        answer = Answer(*rig.zygote.run(args, rig.env, 150, started))
-        return answer, any(killer.end() for killer in killers)
+    def started(pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it was quicker than we
+            killers.append(Killer(pid, shot, usual))
+            killers[0].start()
+
+    answer = Answer(*rig.zygote.run(args, rig.env, 150, started))
+    return answer, any(killer.end() for killer in killers)

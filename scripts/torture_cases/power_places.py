@@ -13,14 +13,8 @@ from typing import ClassVar
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.power import Cut, LoggedWorker, any_cut, cut
 from scripts.torture_cases.shim import Record
-from scripts.torture_cases.tree import SIZE, TreeRig
-from tests.support import tree_cases
+from scripts.torture_cases.tree import SIZE, PlacesRig
 from tests.support.places_cases import CASES, grow, is_done, judge, words
-from tests.support.roaming import Roaming
-
-
-class PlacesRig(TreeRig, Roaming):
-    """The oracle that knows every byte, and files in any directory."""
 
 
 class PowerPlaces(Campaign):
@@ -59,7 +53,7 @@ class PowerPlacesWorker(LoggedWorker[PlacesRig]):
         try:
             seen = judge(self._rig, command)
             seen += ["it had said that it is done"] if answer.code == 0 and not is_done(self._rig, command) else []
-            lost = self._rig.lost(tree_cases.Case((), ("now",), 0)) if any("content" in w for w in seen) else 0
+            lost = self._rig.lost(command) if any("content" in w for w in seen) else 0
         except (AssertionError, OSError, ValueError, KeyError) as error:
             seen, lost = [f"can't be read: {type(error).__name__}: {error}"], 0
         return Result(case, True, [*wrong, *seen], lost, bool(seen) and not wrong, bool(wrong), 1, f"{name}: {note}")

@@ -1,4 +1,4 @@
-"""A stopped machine with a branched tree that is put back in milliseconds, and workers that have one."""
+"""Stopped machines with a branched tree that is put back in milliseconds, in one directory or two, and workers with them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import hashlib
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from scripts.torture_cases.campaign import Worker
+from tests.support import places_cases
 from tests.support.domain import DomainRig
 from tests.support.libvirtd import Libvirtd
 from tests.support.rig import Answer, MiB, Rig
+from tests.support.roaming import Roaming
 from tests.support.tree_cases import ALSO, CASES, Case, grow, judge, not_done, not_undone
 from tests.support.zygote import Zygote
 
 EVERY = {**CASES, **ALSO}
+PLACES = {**places_cases.CASES, **places_cases.ALSO}  # those that need a tree in two directories
 SIZE = 8 * MiB
 UNCHANGED = (1, 4, 5, 6, 7, 8)  # exit codes that say that nothing changed (docs/exit-codes.md)
 
@@ -36,8 +40,13 @@ class TreeRig(Rig):
 
     def _flat_digest(self, path: Path) -> str:
         """As Rig's; the flat content stays in `flat`, under its digest."""
+        return self.shown(path)
+
+    def shown(self, path: Path, *, locked: bool = False) -> str:
+        """As `digest`, of an image that may be at work: nothing is remembered. `locked`: not while somebody writes."""
         flat = self.flat / "new"
-        self.qemu_img("convert", "-U", "-f", self.fmt(path), "-O", "raw", str(path), str(flat))
+        words = [] if locked else ["-U"]
+        self.qemu_img("convert", *words, "-f", self.fmt(path), "-O", "raw", str(path), str(flat))
         with flat.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         flat.rename(self.flat / digest)
@@ -84,7 +93,7 @@ class Tree:
         self.place = place
         self.rig = self.make_rig(place / "vm")
         self.rig.prepare(place, zygote, env)
-        grow(self.rig)
+        self.grow()
         self._templates: dict[tuple[tuple[str, ...], ...], Path] = {(): self.rig.save_template()}
         self._usual: dict[str, float] = {}
 
@@ -92,23 +101,46 @@ class Tree:
         """Return the machine that is not built yet."""
         return TreeRig(place, size=SIZE, raw=("vdb",))
 
+    @property
+    def cases(self) -> Mapping[str, Case]:
+        """The commands that are tried on it."""
+        return EVERY
+
+    def grow(self) -> None:
+        """Make the tree."""
+        grow(self.rig)
+
+    def arrange(self, case: Case) -> None:
+        """Make a case's situation."""
+        for command in case.before:
+            self.rig.ok(*command)
+
+    def judge(self, case: Case) -> list[str]:
+        """What is wrong with contents and files, or half done."""
+        return judge(self.rig, case)
+
+    def broken_promises(self, case: Case, code: int) -> list[str]:
+        """What is not as the command's exit code promised."""
+        return not_done(self.rig, case) if code == 0 else not_undone(self.rig, case) if code in UNCHANGED else []
+
     def restore(self, case: Case) -> None:
         """Put everything back as it is before the case's command."""
         if case.before not in self._templates:
             self.rig.restore_template(self._templates[()])
-            for command in case.before:
-                self.rig.ok(*command)
+            self.arrange(case)
             self._templates[case.before] = self.rig.save_template(f"template-{len(self._templates)}")
         self.rig.restore_template(self._templates[case.before])
 
     def usual_time(self, name: str) -> float:
         """Return how many seconds a command takes when nothing disturbs it; it is carried out for that once."""
         if name not in self._usual:
-            self.restore(EVERY[name])
+            case = self.cases[name]
+            self.restore(case)
             began = time.monotonic()
-            self.rig.ok(*EVERY[name].args)
+            self.rig.ok(*case.args)
             self._usual[name] = time.monotonic() - began
-            assert self.seen(EVERY[name], 0) == []
+            seen = self.seen(case, 0)
+            assert seen == [], seen
         return self._usual[name]
 
     def template(self, case: Case) -> Path:
@@ -127,10 +159,8 @@ class Tree:
     def seen(self, case: Case, code: int) -> list[str]:
         """What is wrong with the contents and the files, and with what the command's exit code promised."""
         try:
-            promised = (
-                not_done(self.rig, case) if code == 0 else not_undone(self.rig, case) if code in UNCHANGED else []
-            )
-            return judge(self.rig, case) + promised
+            broken = self.broken_promises(case, code)
+            return self.judge(case) + broken
         except (AssertionError, OSError, ValueError, KeyError) as error:
             return [f"can't be read: content, {type(error).__name__}: {error}"]
 
@@ -144,6 +174,39 @@ class Tree:
         """Remove everything."""
         self.rig.destroy()
         shutil.rmtree(self.place, ignore_errors=True)
+
+
+class PlacesRig(TreeRig, Roaming):
+    """The oracle that knows every byte, and files in any directory."""
+
+
+class PlacesTree(Tree):
+    """The tree in two directories, on somebody else's template."""
+
+    rig: PlacesRig
+
+    def make_rig(self, place: Path) -> TreeRig:
+        return PlacesRig(place, size=SIZE)
+
+    @property
+    def cases(self) -> Mapping[str, Case]:
+        return {name: replace(case, args=tuple(places_cases.words(self.rig, case))) for name, case in PLACES.items()}
+
+    def grow(self) -> None:
+        places_cases.grow(self.rig)
+
+    def arrange(self, case: Case) -> None:
+        places_cases.arrange(self.rig, case)
+
+    def judge(self, case: Case) -> list[str]:
+        return places_cases.judge(self.rig, case)
+
+    def broken_promises(self, case: Case, code: int) -> list[str]:
+        """The present is in `judge`."""
+        traces = places_cases.traces(self.rig, case)
+        if code == 0 and not all(traces):
+            return ["it had said that it is done"]
+        return ["nothing changed, but it is done"] if code in UNCHANGED and any(traces) else []
 
 
 class DomainTreeRig(TreeRig, DomainRig):
@@ -199,6 +262,43 @@ class TreeWorker(Worker, Generic[T]):
 
     def close(self) -> None:
         self._tree.close()
+
+
+class Trees(Generic[T]):
+    """Trees of several kinds: what each is for (commands, say), and how it is made when it is first needed."""
+
+    def __init__(self, *kinds: tuple[Iterable[str], Callable[[], T]]) -> None:
+        self._make = {name: make for names, make in kinds for name in names}
+        self._made: dict[Callable[[], T], T] = {}
+        self.names = sorted(self._make)
+        self.last: T | None = None
+
+    def of(self, name: str) -> T:
+        """Return the one that is for this."""
+        make = self._make[name]
+        if make not in self._made:
+            self._made[make] = make()
+        self.last = self._made[make]
+        return self.last
+
+    def close(self) -> None:
+        """Remove those that were made."""
+        for tree in self._made.values():
+            tree.close()
+
+
+class TreesWorker(Worker, Generic[T]):
+    """A worker with several trees."""
+
+    def __init__(self, trees: Trees[T]) -> None:
+        self._trees = trees
+
+    def keep(self, to: Path) -> None:
+        if self._trees.last:
+            self._trees.last.keep(to)
+
+    def close(self) -> None:
+        self._trees.close()
 
 
 R = TypeVar("R", bound=Rig)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.breakage import leak, orphan, tear
 from tests.support.refusals import check_error, grow_tree, refused, unchanged
 from tests.support.rig import MiB, Rig
 from tests.support.sample import some
@@ -29,32 +28,12 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Path
     tear(frozen["s2"]["vda"])
     Rig.qemu_img("rebase", "-u", "-f", "qcow2", "-b", "nowhere.raw", "-F", "raw", str(frozen["before-revert-1"]["vdb"]))
     leak(rig.active()["vda"])
-    orphan = rig.dir / "vda.vda.0123456789ab.qcow2"
-    Rig.qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", rig.active()["vdb"].name, "-F", "qcow2", str(orphan), "8M")
+    orphan(rig, "vda.vda.0123456789ab.qcow2")
     (rig.dir / ".vda.vda.0123456789ac.qcow2.trash").write_bytes(bytes(4096))
     template = rig.save_template()
     yield rig, template
     rig.destroy()
     shutil.rmtree(template)
-
-
-def tear(image: Path) -> None:
-    """The first sector was never written."""
-    with image.open("r+b") as file:
-        file.write(bytes(512))
-
-
-def leak(image: Path) -> None:
-    """Reserve a cluster that nothing uses: the refcount of the first free one becomes 1."""
-    with image.open("r+b") as file:
-        head = file.read(64)
-        bits, table = struct.unpack(">I", head[20:24])[0], struct.unpack(">Q", head[48:56])[0]
-        file.seek(table)
-        (block,) = struct.unpack(">Q", file.read(8))
-        number = (os.fstat(file.fileno()).st_size + (1 << bits) - 1) >> bits
-        file.truncate((number + 1) << bits)
-        file.seek(block + 2 * number)
-        file.write(struct.pack(">H", 1))
 
 
 def whole(rig: Rig) -> list[str]:
@@ -107,8 +86,8 @@ def test_what_is_unsure_is_only_reported(broken: tuple[Rig, Path]) -> None:
     rig.restore_template(template)
     moved = rig.dir / "elsewhere/moved-vda.qcow2"
     shutil.copy2(moved, moved.with_name("twin.qcow2"))
-    orphan = rig.dir / "vda.vda.0123456789ab.qcow2"
-    Rig.qemu_img("create", "-q", "-f", "qcow2", str(orphan), str(8 * MiB))
+    stray = rig.dir / "vda.vda.0123456789ab.qcow2"
+    Rig.qemu_img("create", "-q", "-f", "qcow2", str(stray), str(8 * MiB))
     layer = rig.snapshots()["s3"]["vdb"]
     with layer.open("r+b") as file:
         file.seek(0x30000)
@@ -116,8 +95,8 @@ def test_what_is_unsure_is_only_reported(broken: tuple[Rig, Path]) -> None:
     answer = rig.run("--json", "check", "vm", "--repair", "-y")
     assert answer.code == 11
     said = {(f["code"], Path(f["subject"].split()[-1]).name) for f in answer.json["findings"]}
-    assert {("layer-missing", "vda.qcow2"), ("orphan-overlay", orphan.name), ("layer-changed", layer.name)} <= said
-    assert orphan.exists() and moved.exists()
+    assert {("layer-missing", "vda.qcow2"), ("orphan-overlay", stray.name), ("layer-changed", layer.name)} <= said
+    assert stray.exists() and moved.exists()
 
 
 @pytest.mark.parametrize("point", ["repair.relinked-one", "repair.header-half", "repair.leaks"])

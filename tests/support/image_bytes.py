@@ -58,6 +58,13 @@ def chain_bytes(path: Path) -> str:
         path = path.parent / below
 
 
+def backing(path: Path) -> Path | None:
+    """Return the file that an image's header names below it, as a plain path."""
+    with path.open("rb") as file:
+        below = _backing(file.fileno())
+    return None if below is None else Path(os.path.normpath(path.parent / below))
+
+
 def _data(fd: int) -> Iterator[tuple[int, int]]:
     end, at = os.fstat(fd).st_size, 0
     while at < end:

@@ -70,8 +70,7 @@ class Roaming(Rig):
         wrong += [f"second records {p}" for p in self.dir.rglob(".diskchain/*") if p != self._catalog.parent]
         for path in sorted(self.images()):
             if path.suffix == ".qcow2":
-                done = subprocess.run(["qemu-img", "check", "-U", "-q", str(path)], capture_output=True, text=True)
-                wrong += [] if done.returncode in (0, 3) else [f"check {path.name}: {done.stdout} {done.stderr}"]
+                wrong += self._check(path)
         return wrong
 
 

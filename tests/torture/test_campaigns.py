@@ -12,15 +12,24 @@ import pytest
 
 from scripts.torture_cases.campaign import Result, Worker
 from scripts.torture_cases.controls import COPIES, Controls, failed_sync_of_a_large_merge
-from scripts.torture_cases.faults import FaultsWorker, FlushesWorker, ShimTree, points, shuffled, sync_points
+from scripts.torture_cases.faults import (
+    FaultsWorker,
+    FlushesWorker,
+    ShimTree,
+    points,
+    shim_trees,
+    shuffled,
+    sync_points,
+)
 from scripts.torture_cases.fuzz import FuzzWorker
-from scripts.torture_cases.kills import Kills, KillsWorker
+from scripts.torture_cases.kills import KillsWorker
 from scripts.torture_cases.memory import KINDS, Memory, MemoryWorker
 from scripts.torture_cases.parsers import NAMES
 from scripts.torture_cases.power import PowerWorker
 from scripts.torture_cases.power_live import PowerLiveWorker
 from scripts.torture_cases.power_places import PowerPlacesWorker
 from scripts.torture_cases.starts import Starts
+from scripts.torture_cases.tree import Trees
 from tests.support.rig import ROOT
 
 SEED = int(os.environ.get("DISKCHAIN_SEED", "7"))
@@ -28,11 +37,11 @@ FEW = ("revert", "delete-into-now", "delete-fork-copy")  # counting the calls of
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShimTree]:
-    """One for all of them; it is put back before each case."""
-    tree = ShimTree(tmp_path_factory.mktemp("campaigns") / "tree")
-    yield tree
-    tree.close()
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trees[ShimTree]]:
+    """One of each kind for all tests; it is put back before each case."""
+    trees = shim_trees(tmp_path_factory.mktemp("campaigns"))
+    yield trees
+    trees.close()
 
 
 def require_nothing_lost(worker: Worker, cases: Iterable[str], wanted: int) -> None:
@@ -47,21 +56,21 @@ def require_nothing_lost(worker: Worker, cases: Iterable[str], wanted: int) -> N
     assert sum(r.hit for r in found) == wanted and not any(r.lost or r.silent or r.stuck for r in found)
 
 
-def test_random_kills_lose_nothing(tree: ShimTree, tmp_path: Path) -> None:
+def test_random_kills_lose_nothing(trees: Trees[ShimTree]) -> None:
     """Of diskchain, its qemu-img, both; in the recovery too."""
-    require_nothing_lost(KillsWorker(SEED, tree), Kills(SEED, tmp_path).cases(), 8)
+    require_nothing_lost(KillsWorker(SEED, trees), (str(n) for n in itertools.count()), 8)
 
 
-def test_faults_at_exact_calls_lose_nothing(tree: ShimTree) -> None:
+def test_faults_at_exact_calls_lose_nothing(trees: Trees[ShimTree]) -> None:
     """Killed there, EIO, ENOSPC, once and for ever."""
-    require_nothing_lost(FaultsWorker(tree), shuffled(points(tree, FEW), random.Random(SEED)), 10)
+    require_nothing_lost(FaultsWorker(trees), shuffled(points(trees, FEW), random.Random(SEED)), 10)
 
 
-def test_failed_flushes_then_writes_of_the_guest_lose_nothing(tree: ShimTree) -> None:
+def test_failed_flushes_then_writes_of_the_guest_lose_nothing(trees: Trees[ShimTree]) -> None:
     """What is written afterwards does not meet what was merged."""
-    found = sync_points(tree, FEW[1:])
+    found = sync_points(trees, FEW[1:])
     random.Random(SEED).shuffle(found)
-    require_nothing_lost(FlushesWorker(SEED, tree), (f"{case}:0" for case in found), 5)
+    require_nothing_lost(FlushesWorker(SEED, trees), (f"{case}:0" for case in found), 5)
 
 
 def test_a_failed_sync_of_a_large_merge_loses_nothing(tmp_path: Path) -> None:
@@ -69,9 +78,9 @@ def test_a_failed_sync_of_a_large_merge_loses_nothing(tmp_path: Path) -> None:
     assert failed_sync_of_a_large_merge(tmp_path / "tree", ROOT) is None
 
 
-def test_power_cuts_lose_nothing(tree: ShimTree) -> None:
+def test_power_cuts_lose_nothing(trees: Trees[ShimTree]) -> None:
     """Data and names that were not synced are lost, kept or torn."""
-    require_nothing_lost(PowerWorker(SEED, tree), (str(n) for n in itertools.count()), 14)
+    require_nothing_lost(PowerWorker(SEED, trees.of("create")), (str(n) for n in itertools.count()), 14)
 
 
 def test_power_cuts_while_memory_is_saved_leave_no_torn_memory(tmp_path: Path) -> None:
@@ -94,11 +103,11 @@ def test_power_cuts_of_moves_keep_the_records(tmp_path: Path) -> None:
         worker.close()
 
 
-def test_an_edit_whose_sync_fails_does_not_say_that_nothing_changed(tree: ShimTree) -> None:
+def test_an_edit_whose_sync_fails_does_not_say_that_nothing_changed(trees: Trees[ShimTree]) -> None:
     """The new catalog was there, and `undelete` ended with 1."""
-    every = [case for case in points(tree, ("undelete", "delete-later")) if case.endswith("-sticky")]
+    every = [case for case in points(trees, ("undelete", "delete-later")) if case.endswith("-sticky")]
     cases = random.Random(SEED).sample(every, 12)
-    require_nothing_lost(FaultsWorker(tree), cases, len(cases))
+    require_nothing_lost(FaultsWorker(trees), cases, len(cases))
 
 
 def test_damaged_memory_is_refused_before_any_qemu_is_started(tmp_path: Path) -> None:
