@@ -24,9 +24,9 @@ from tests.support.rig import MiB
 from tests.support.zygote import Zygote
 
 MAKE = {
-    "ext4": (96, ["mkfs.ext4", "-q", "-F", "-m", "0"]),
+    "ext4": (192, ["mkfs.ext4", "-q", "-F", "-m", "0"]),
     "xfs": (320, ["mkfs.xfs", "-q", "-f"]),
-    "btrfs": (160, ["mkfs.btrfs", "-q", "-f", "--mixed"]),
+    "btrfs": (256, ["mkfs.btrfs", "-q", "-f", "--mixed"]),
 }
 
 
