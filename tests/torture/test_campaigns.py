@@ -33,7 +33,8 @@ from scripts.torture_cases.tree import Trees
 from tests.support.rig import ROOT
 
 SEED = int(os.environ.get("DISKCHAIN_SEED", "7"))
-FEW = ("revert", "delete-into-now", "delete-fork-copy")  # counting the calls of all would take longer than their cases
+# counting the calls of all would take longer than their cases
+FEW = ("revert", "detach", "delete-into-now", "delete-fork-copy")
 
 
 @pytest.fixture(scope="module")
