@@ -13,7 +13,7 @@ from pathlib import Path
 from scripts.torture_cases.intruders import Write, by_monitor
 from scripts.torture_cases.tree import SIZE, Tree, TreeRig
 from tests.support.bare_qmp import Qmp
-from tests.support.rig import Answer, process_state, wait_for
+from tests.support.rig import Answer, has_ended, wait_for
 from tests.support.tree_cases import Case, judge, not_done
 
 CREATE = Case(("create", "vm", "s", "--memory"), ("now",), 0, done=("s",))
@@ -55,7 +55,7 @@ class LiveRig(TreeRig):
         pid = self.pid()
         if pid:
             os.kill(pid, signal.SIGKILL)
-            wait_for(lambda: process_state(pid) in ("", "Z", "X"), "QEMU is gone")
+            wait_for(lambda: has_ended(pid), "QEMU is gone")
         for path in self.run_dir.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
