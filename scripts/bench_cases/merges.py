@@ -163,6 +163,7 @@ def merge(bench: Bench) -> Iterator[Row]:
 def shared(bench: Bench) -> Iterator[Row]:
     """One layer, and several, on XFS and btrfs, which share blocks: the same overlays against qemu-img commit -d."""
     part, count = share(bench), bench.pairs(2, 1)
+    counts = (8,) if bench.quick else (2, 8, 32)
     fewer = {"written": Goal(0.01)}
     goals: dict[tuple[str, bool], Goals] = {
         ("a", True): {COMMIT: Goal(1 / 25), **fewer},
@@ -174,8 +175,9 @@ def shared(bench: Bench) -> Iterator[Row]:
                 assert place
                 names = (OURS, COMMIT, "by clone" if letter != "a" else "by convert")
                 yield from _both_states(place, kind, letter, part, count, names, goals, COMMIT)
-            if place:
-                yield from _layers(place, kind, part, 8, count, ("by commit",))
+            for layers in counts if place else ():
+                assert place
+                yield from _layers(place, kind, part, layers, count, ("by commit",))
 
 
 def _both_states(place: Path, kind: str, letter: str, part: int, count: int, names: Sequence[str],
