@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -10,6 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from diskchain.errors import UsageError
+
+_UNITS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(ms|s|m|h|d|)", re.ASCII)
+
+
+def parse_duration(text: str) -> float:
+    """Given `500ms`, `60s`, `5m`, `1h`, `14d` or a number of seconds, return seconds. Raise ValueError."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is no duration; write for example 500ms, 60s, 5m or 1h")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,9 @@ class RevertSettings:
     """[revert]"""
 
     set_clock: bool = True  # after a revert with memory let the guest agent set the guest's clock
+    keep: float = (
+        7 * 86400.0
+    )  # seconds; older presents that reverts kept are deleted by a revert, but for the newest; inf
 
 
 @dataclass(frozen=True)
@@ -170,6 +185,11 @@ def _typed(now: Any, value: Any, file: Path, key: str) -> Any:
         return value
     if isinstance(now, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
+    if isinstance(now, float) and isinstance(value, str):
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            raise UsageError(f"{file}: {key}: {error}", hint="or a number of seconds, without quotes") from None
     if isinstance(now, str) and isinstance(value, str):
         if value not in _WORDS.get(key, (value,)):
             raise UsageError(f"{file}: {key} is {value!r}", hint=" or ".join(_WORDS[key]))
@@ -184,5 +204,5 @@ def _wanted(now: Any) -> str:
     if isinstance(now, bool):
         return "true or false"
     if isinstance(now, float):
-        return "a number of seconds, without a unit"
+        return 'a number of seconds, or a text like "5m"'
     return 'a list of paths: ["/srv"]' if isinstance(now, tuple) else "a text in quotes"

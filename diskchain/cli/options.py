@@ -10,20 +10,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from diskchain.cli.app import App
+from diskchain.config import parse_duration
 from diskchain.ops import look
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_UNITS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(ms|s|m|h|d|)", re.ASCII)
-
-
-def parse_duration(text: str) -> float:
-    """Given `500ms`, `60s`, `5m`, `1h`, `14d` or a number of seconds, return seconds. Raise ValueError."""
-    match = _DURATION.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"{text!r} is no duration; write for example 500ms, 60s, 5m or 1h")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1

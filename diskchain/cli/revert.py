@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 import click
 
-from diskchain.chain.model import snapshot_name
+from diskchain.chain.model import Snapshot, snapshot_name
 from diskchain.cli import context, many
 from diskchain.cli.app import App, common
 from diskchain.cli.options import changing_options, jobs_option, snapshot_argument, vms_argument, yes_option
-from diskchain.errors import Busy, UsageError
+from diskchain.errors import Busy, DiskchainError, UsageError
+from diskchain.ops import old_keeps
 from diskchain.ops import revert as ops
 from diskchain.ops.revert import Request, Reverted
 from diskchain.ops.vm import VM, Host
@@ -94,18 +96,41 @@ async def _revert(app: App, host: Host, name: str, request: Request | None, yes:
     async with host.look(name) as vm:
         request = request or Request(ops.undo_target(vm))
         prepared = await ops.prepare(vm, request)
+        keep, one_more = host.config.revert.keep, bool(prepared.keep and prepared.keep.automatic)
+        due = old_keeps.due(vm.catalog, keep, stays=[prepared.snapshot.id], one_more=one_more)
+    plan = prepared.plan
+    if due:
+        plan = replace(plan, steps=(*plan.steps, f"delete {_names(due)}, kept by reverts, older than {_days(keep)}"))
     if dry_run:
-        context.show_plan(app, prepared.plan)
+        context.show_plan(app, plan)
         return
-    context.confirm(app, prepared.plan, "Revert?", yes=yes, about=[prepared.snapshot.id])
+    context.confirm(app, plan, "Revert?", yes=yes, about=[prepared.snapshot.id])
     async with context.changing(app, host, name, "revert") as vm:
         if vm.catalog.find(request.name).id != prepared.snapshot.id:
             raise Busy(f"the snapshots of {vm.name} were changed meanwhile", hint="look again, then try again")
-        _tell(app, vm, await ops.revert(vm, request, context.progress(app)))
+        done = await ops.revert(vm, request, context.progress(app))
+        _tell(app, vm, done, await _delete_old(app, vm, keep, done))
 
 
-def _tell(app: App, vm: VM, done: Reverted) -> None:
-    body = {**asdict(done), "vm": vm.name, "snapshot": done.snapshot.name}
+async def _delete_old(app: App, vm: VM, keep: float, done: Reverted) -> list[str]:
+    """The revert is done; what can't be deleted now is tried again by the next one."""
+    try:
+        return await old_keeps.delete_due(vm, keep, [done.snapshot.id], context.progress(app))
+    except DiskchainError as error:
+        context.progress(app).warn(f"presents kept longer than {_days(keep)} were not deleted: {error.message}")
+        return []
+
+
+def _names(snapshots: Sequence[Snapshot]) -> str:
+    return ", ".join(repr(s.name) for s in snapshots)
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:.3g} days (revert.keep)"
+
+
+def _tell(app: App, vm: VM, done: Reverted, deleted: list[str]) -> None:
+    body = {**asdict(done), "vm": vm.name, "snapshot": done.snapshot.name, "deleted": deleted}
     back = f"{vm.name} is back at {done.snapshot.name!r}, {done.state}"
     if done.left_as_now:
         gone_back, left = ", ".join(done.disks) or "nothing", ", ".join(done.left_as_now)
@@ -116,4 +141,7 @@ def _tell(app: App, vm: VM, done: Reverted) -> None:
     else:
         lines.append(f"the present of before is kept as {done.kept_as!r}; back to it: diskchain undo {vm.name}")
     lines += [f"configuration: {text}" for text in done.config_changes]
+    lines += [f"deleted {', '.join(map(repr, deleted))}, kept longer than {_days(vm.host.config.revert.keep)}"] * bool(
+        deleted
+    )
     context.answer(app, body, lines)

@@ -11,8 +11,8 @@ import click
 import pytest
 
 from diskchain.cli.app import COMMANDS, root
-from diskchain.cli.options import parse_duration, parse_rate
-from diskchain.config import Config
+from diskchain.cli.options import parse_rate
+from diskchain.config import Config, parse_duration
 
 from .conftest import Run, Web1
 
@@ -226,7 +226,8 @@ def test_repair_is_offered_with_the_name_of_the_vm(web1: Web1) -> None:
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ('wait = "10s"', "wait must be a number of seconds"), ("state_dir = 1", "state_dir must be a text in quotes"),
+    ('wait = "soon"', "wait: 'soon' is no duration"),
+    ("wait = true", "wait must be a number of seconds"), ("state_dir = 1", "state_dir must be a text in quotes"),
     ("[create]\nhuge_pages = 1", "create.huge_pages must be true or false"), ('[create]\nmemory = "x"', "auto or always or never"),
     ('image_roots = "/srv"', "must be a list of paths"),
 ])  # fmt: skip
