@@ -24,10 +24,9 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 
 def revert(rig: Rig, number: int, to: str = "s") -> dict[str, object]:
-    """Write, and go back a second later."""
+    """Write, and go back."""
     rig.write(number + 10, number * MiB, MiB)
     rig.remember(f"before-revert-{number}")
-    time.sleep(1.1)  # ages are whole seconds
     answer: dict[str, object] = rig.ok("revert", "vm", to, "-y", "--json").json
     rig.remember("now")
     return answer
@@ -49,7 +48,7 @@ def test_older_ones_go_the_newest_stays_and_so_does_what_is_somebodys(rig: Rig) 
     rig.ok("rename", "vm", "before-revert-2", "tried")
     rig.expected["tried"] = rig.expected["before-revert-2"]
     rig.configure('[revert]\nkeep = "1s"\n')
-    time.sleep(1.1)
+    time.sleep(2.1)  # ages are whole seconds
     plan = rig.ok("revert", "vm", "before-revert-3", "-n").out
     assert "delete 'before-revert-4', kept by reverts" in plan and "before-revert-3'," not in plan
     assert revert(rig, 5, to="before-revert-3")["deleted"] == ["before-revert-4"]
@@ -68,6 +67,7 @@ def test_one_with_something_on_it_waits_for_a_merge_and_can_be_had_back(rig: Rig
     rig.remember("s2")
     rig.ok("create", "vm", "s2")
     rig.configure("[revert]\nkeep = 0.5\n")
+    time.sleep(1.1)
     assert revert(rig, 2)["deleted"] == ["before-revert-1"]
     assert [one["snapshot"] for one in rig.ok("list", "vm", "--json").json["pending"]] == ["before-revert-1"]
     rig.ok("undelete", "vm", "before-revert-1")
@@ -90,5 +90,6 @@ def test_what_cannot_be_deleted_is_warned_of(rig: Rig) -> None:
     assert "were not deleted" in answer.err and "before-revert-1" in rig.snapshots()
     rig.remember("now")
     (rig.dir / "other.qcow2").unlink()
+    time.sleep(1.1)
     assert revert(rig, 3)["deleted"] == ["before-revert-1", "before-revert-2"]
     assert rig.verdict(present="now") == []

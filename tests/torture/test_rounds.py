@@ -20,7 +20,7 @@ from tests.support.own_machine import Guest, MiB, OwnMachine
 from tests.support.rig import wait_for
 from tests.support.sample import FULL
 
-ROUNDS = 25 if FULL else 10
+ROUNDS = 25 if FULL else 7
 SEED = 20261122
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from diskchain.cli.app import main
+from diskchain.drivers import accel
 
 MACHINE = """
 name = "web1"
@@ -38,6 +39,19 @@ class Answer:
 
 
 Run = Callable[..., Answer]
+_BOOTS, _BOOTED = accel.boots, dict[str, float | None]()
+
+
+@pytest.fixture(autouse=True)
+def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where KVM hangs a probe guest takes 4 seconds of processor: one is booted for all tests of a process."""
+
+    async def boots(name: str) -> float | None:
+        if name not in _BOOTED:
+            _BOOTED[name] = await _BOOTS(name)
+        return _BOOTED[name]
+
+    monkeypatch.setattr(accel, "boots", boots)
 
 
 @pytest.fixture
