@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from diskchain.drivers.domains import Domains
 from diskchain.errors import Unreachable
 from tests.support.domain import DomainRig
 from tests.support.libvirtd import Libvirtd
-from tests.support.rig import Rig
+from tests.support.rig import Rig, wait_for
 
 
 @contextlib.contextmanager
@@ -65,7 +66,10 @@ def test_ctrl_c_is_heard_while_a_daemon_hangs(domain: Callable[..., DomainRig], 
     rig = domain(guest=False)
     with daemon.hanging():
         asking = rig.popen("list", "vm")
-        time.sleep(3)  # past the start of Python
+        wait_for(
+            lambda: len(os.listdir(f"/proc/{asking.pid}/task")) >= 3,
+            "it asks: libvirt's events, the call, and who waits",
+        )
         began = time.monotonic()
         asking.send_signal(signal.SIGINT)
         _, err = asking.communicate(timeout=60)
