@@ -41,7 +41,7 @@ class RevertSettings:
     set_clock: bool = True  # after a revert with memory let the guest agent set the guest's clock
     keep: float = (
         7 * 86400.0
-    )  # seconds; older presents that reverts kept are deleted by a revert, but for the newest; inf
+    )  # seconds that a present which a revert kept stays (inf: for ever); the newest always does
 
 
 @dataclass(frozen=True)

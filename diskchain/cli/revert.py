@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 import click
 
-from diskchain.chain.model import Snapshot, snapshot_name
-from diskchain.cli import context, many
+from diskchain.chain.model import snapshot_name
+from diskchain.cli import context, many, render
 from diskchain.cli.app import App, common
 from diskchain.cli.options import changing_options, jobs_option, snapshot_argument, vms_argument, yes_option
 from diskchain.errors import Busy, DiskchainError, UsageError
@@ -100,7 +100,8 @@ async def _revert(app: App, host: Host, name: str, request: Request | None, yes:
         due = old_keeps.due(vm.catalog, keep, stays=[prepared.snapshot.id], one_more=one_more)
     plan = prepared.plan
     if due:
-        plan = replace(plan, steps=(*plan.steps, f"delete {_names(due)}, kept by reverts, older than {_days(keep)}"))
+        step = f"delete {_names(s.name for s in due)}, kept by reverts, older than {_limit(keep)}"
+        plan = replace(plan, steps=(*plan.steps, step))
     if dry_run:
         context.show_plan(app, plan)
         return
@@ -117,16 +118,16 @@ async def _delete_old(app: App, vm: VM, keep: float, done: Reverted) -> list[str
     try:
         return await old_keeps.delete_due(vm, keep, [done.snapshot.id], context.progress(app))
     except DiskchainError as error:
-        context.progress(app).warn(f"presents kept longer than {_days(keep)} were not deleted: {error.message}")
+        context.progress(app).warn(f"presents kept longer than {_limit(keep)} were not deleted: {error.message}")
         return []
 
 
-def _names(snapshots: Sequence[Snapshot]) -> str:
-    return ", ".join(repr(s.name) for s in snapshots)
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
-def _days(seconds: float) -> str:
-    return f"{seconds / 86400:.3g} days (revert.keep)"
+def _limit(seconds: float) -> str:
+    return f"{render.duration(seconds)} (revert.keep)"
 
 
 def _tell(app: App, vm: VM, done: Reverted, deleted: list[str]) -> None:
@@ -141,7 +142,6 @@ def _tell(app: App, vm: VM, done: Reverted, deleted: list[str]) -> None:
     else:
         lines.append(f"the present of before is kept as {done.kept_as!r}; back to it: diskchain undo {vm.name}")
     lines += [f"configuration: {text}" for text in done.config_changes]
-    lines += [f"deleted {', '.join(map(repr, deleted))}, kept longer than {_days(vm.host.config.revert.keep)}"] * bool(
-        deleted
-    )
+    if deleted:
+        lines.append(f"deleted {_names(deleted)}, kept longer than {_limit(vm.host.config.revert.keep)}")
     context.answer(app, body, lines)

@@ -67,16 +67,17 @@ class DomainAgent:
 
     def has_agent(self) -> bool:
         """Whether the domain has the agent's channel."""
-        try:
-            return domain_xml.agent_channel(self._definition_now()) is not None
-        except DiskchainError:
-            return False
+        return self._channel_state() is not None
 
-    def _definition_now(self) -> str:
-        return str(asked("read the definition", self._domain.XMLDesc, 0))
+    def _channel_state(self) -> str | None:
+        """None without a channel, and without an answer of libvirt's."""
+        try:
+            return domain_xml.agent_channel(str(asked("read the definition", self._domain.XMLDesc, 0)))
+        except DiskchainError:
+            return None
 
     def _refuse_without(self) -> None:
-        state = domain_xml.agent_channel(self._definition_now()) if self.has_agent() else None
+        state = self._channel_state()
         if state is None:
             raise AgentMissing(f"{self.name} has no channel for a guest agent",
                                hint="virsh edit: <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>")  # noqa: E501  # fmt: skip

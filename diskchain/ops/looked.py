@@ -103,14 +103,17 @@ def stands_still(seen: Look) -> Iterator[Finding]:
         images = seen.catalog.images if seen.catalog else {}
         active = seen.catalog.active if seen.catalog else {}
         places = {target: images[i].path.parent for target, i in active.items()}
-        yield stopped_itself(seen.name, seen.failed, {target: (path, _free(path)) for target, path in places.items()})
+        yield stopped_itself(
+            seen.name, seen.failed, {target: (path, room(path) or 0) for target, path in places.items()}
+        )
 
 
-def _free(place: Path) -> int:
+def room(place: Path) -> int | None:
+    """Bytes that are free there; None where that can't be told."""
     try:
         return files.free_bytes(place)
     except DiskchainError:
-        return 0
+        return None
 
 
 def _as_adopted(host: Host, seen: Look) -> None:

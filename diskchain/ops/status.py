@@ -25,7 +25,7 @@ from diskchain.errors import DiskchainError
 from diskchain.host import files
 from diskchain.ops import drift, roles
 from diskchain.ops.look import age, expired
-from diskchain.ops.looked import Look, look, stands_still
+from diskchain.ops.looked import Look, look, room, stands_still
 from diskchain.ops.save_memory import space_for
 from diskchain.ops.vm import Host
 from diskchain.store.catalog import Home
@@ -90,8 +90,11 @@ def _of_catalog(seen: Look, catalog: Catalog, found: list[Finding]) -> Status:
     found += deep_chains(seen.name, depth)
     for path, space in volumes.items():
         found += full_volume(seen.name, path, *space)
-    if seen.state in (VMState.RUNNING, VMState.PAUSED, VMState.STOPPED) and (room := _room(home.disks_dir)) is not None:
-        found += memory_fits(seen.name, home.disks_dir, room, space_for(seen.memory_bytes))
+    if (
+        seen.state in (VMState.RUNNING, VMState.PAUSED, VMState.STOPPED)
+        and (free_beside := room(home.disks_dir)) is not None
+    ):
+        found += memory_fits(seen.name, home.disks_dir, free_beside, space_for(seen.memory_bytes))
     tightest = min(volumes, key=lambda path: volumes[path][0], default=None)
     free, total = volumes[tightest] if tightest else (0, 0)
     ready = [s for s in catalog.pending() if not catalog.is_fork(s)]
@@ -124,13 +127,6 @@ def _taken(path: Path) -> int:
         return files.allocated_bytes(path)
     except DiskchainError:
         return 0
-
-
-def _room(path: Path) -> int | None:
-    try:
-        return files.free_bytes(path)
-    except DiskchainError:
-        return None
 
 
 def _volumes(catalog: Catalog, home: Home) -> dict[Path, tuple[int, int]]:
