@@ -26,7 +26,7 @@ def debian(tmp_path: Path) -> Iterator[tuple[Rig, Console]]:
     (rig.dir / "vm.toml").write_text(
         'name = "vm"\nmemory = "384 MiB"\ncpus = 1\naccel = "tcg"\nagent = true\n'
         f'kernel = "{kernel}"\ninitrd = "{initrd}"\n'
-        'append = "console=ttyS0 quiet root=/dev/vda systemd.show_status=0"\n'
+        'append = "console=ttyS0 quiet no_timer_check root=/dev/vda systemd.show_status=0"\n'
         '[[disk]]\ntarget = "vda"\nimage = "vda.qcow2"\n'
     )
     rig.ok("machine", "define", str(rig.dir / "vm.toml"))

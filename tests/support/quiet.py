@@ -24,10 +24,14 @@ class Quiet:
     def __init__(self, directory: Path, modes: str = "cnt,tick,fsvdb,agent", make: Callable[..., Rig] = Rig) -> None:
         self.rig = make(directory, modes=modes, raw=("vdb",), ext4=("vdb",), agent=True)
         self.rig.build(guest=True)
-        self.rig.ok("start", "vm")
-        self.console = Console(self.rig.console())
-        self.console.wait(r"^F 5 ")
-        self.console.wait(r"^GUEST UP")
+        try:
+            self.rig.ok("start", "vm")
+            self.console = Console(self.rig.console())
+            self.console.wait(r"^F 5 ")
+            self.console.wait(r"^GUEST UP")
+        except BaseException:  # nobody has us yet to destroy it
+            self.rig.destroy()
+            raise
 
     process: subprocess.Popen[str]  # what a test has started last
 
