@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 from tests.support.libvirtd import Libvirtd
+from tests.support.witness import qemus_below
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +22,17 @@ def daemon() -> Iterator[Libvirtd]:
     found.start()
     yield found
     found.destroy()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that failed says what its QEMUs were doing then."""
+    report = yield
+    if report.failed and report.when != "teardown":
+        base = item.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+        if told := qemus_below(base):
+            report.sections.append(("its QEMUs", told))
+    return report
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,64 @@
+"""What the QEMUs of a failed test are doing: a guest that says nothing on its console may stand, run, or hang in its kernel."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+
+
+def qemus_below(directory: Path) -> str:
+    """Describe each QEMU whose command line names this directory: its status, and twice where its processors are."""
+    told = [_describe(pid, words) for pid, words in _qemus() if str(directory) in words]
+    return "\n\n".join(told)
+
+
+def _qemus() -> list[tuple[int, str]]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "comm").read_text().startswith("qemu-system"):
+                found.append((int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()))
+        except OSError:
+            continue
+    return found
+
+
+def _describe(pid: int, words: str) -> str:
+    lines = [f"QEMU {pid}: {words[:200]}"]
+    lines += [
+        f"  {path.parent.name}: {path.read_text().split()[2]}" for path in Path(f"/proc/{pid}/task").glob("*/stat")
+    ]
+    for monitor in re.findall(r"path=([^, ]+\.sock),server", words):  # the one that is taken does not answer
+        try:
+            lines += _asked(monitor)
+            break
+        except (OSError, ValueError) as error:
+            lines.append(f"  {monitor}: {error}")
+    return "\n".join(lines)
+
+
+def _asked(monitor: str) -> list[str]:
+    with socket.socket(socket.AF_UNIX) as qmp:
+        qmp.settimeout(2)
+        qmp.connect(monitor)
+        with qmp.makefile("rw") as channel:
+
+            def ask(command: str, **arguments: str) -> object:
+                channel.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+                channel.flush()
+                while True:
+                    answer: dict[str, object] = json.loads(channel.readline())
+                    if "event" not in answer:
+                        return answer.get("return", answer)
+
+            channel.readline()
+            ask("qmp_capabilities")
+            told = [f"  {ask('query-status')}"]
+            for _ in range(2):
+                registers = str(ask("human-monitor-command", **{"command-line": "info registers -a"}))
+                told += [
+                    f"  {line}" for line in registers.splitlines() if re.match(r"CPU#|RIP=|RAX=|RSP=", line.strip())
+                ]
+            return told
