@@ -27,9 +27,9 @@ def _qemus() -> list[tuple[int, str]]:
 
 def _describe(pid: int, words: str) -> str:
     lines = [f"QEMU {pid}: {words[:200]}"]
-    lines += [
-        f"  {path.parent.name}: {path.read_text().split()[2]}" for path in Path(f"/proc/{pid}/task").glob("*/stat")
-    ]
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        name, _, rest = path.read_text().rpartition(")")
+        lines.append(f"  {name}): {rest.split()[0]}")
     for monitor in re.findall(r"path=([^, ]+\.sock),server", words):  # the one that is taken does not answer
         try:
             lines += _asked(monitor)
