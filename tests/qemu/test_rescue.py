@@ -141,7 +141,7 @@ def test_control_without_the_rescue_the_guest_hangs(small: tuple[Rig, SmallDisk]
         hangs = False
         try:
             for _ in range(3):
-                console.wait(ROUND, after=console.mark(), timeout=5)
+                console.wait(ROUND, after=console.mark(), timeout=12)
         except TimeoutError:
             hangs = True
         disk.free()
