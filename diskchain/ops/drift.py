@@ -39,8 +39,9 @@ def definition(registered: Registered, catalog: Catalog) -> Iterator[Finding]:
 def of_domain(domain: Domain, catalog: Catalog, *, known: bool) -> Iterator[Finding]:
     """A libvirt domain against the catalog, and what libvirt holds that would get into the way."""
     name = domain.name
-    for xml, which in zip(domain.xmls, ("live" if domain.active else "persistent", "persistent"), strict=False):
-        yield from _sources(name, which, xml, catalog)
+    for (target, path), kinds in _sources(domain).items():
+        if target in catalog.active:
+            yield from _source(name, target, path, kinds, catalog)
     if domain.managed_save:
         yield warning("managed-save", name, "its memory is in a managed save, which fits its disks only as they are now",
                       f"virsh start {name}, or drop it: virsh managedsave-remove {name}")  # fmt: skip
@@ -60,19 +61,26 @@ def of_domain(domain: Domain, catalog: Catalog, *, known: bool) -> Iterator[Find
         yield info("not-adopted", name, "diskchain has no records of it", f"diskchain create {name} makes them")
 
 
-def _sources(name: str, which: str, xml: str, catalog: Catalog) -> Iterator[Finding]:
-    for disk in domain_xml.disks(xml):
-        image = catalog.active.get(disk.target)
-        if image is None or disk.path is None:
-            continue
-        says = catalog.images[image].path
-        if which == "live" and is_stale(catalog, disk.target, disk.path):
-            yield warning("libvirt-stale", f"{name} {disk.target}", f"QEMU writes to {says}, as the catalog says; libvirt "
-                          f"believes {disk.path}", f"diskchain stop {name}; diskchain start {name}")  # fmt: skip
-        elif says != disk.path and not files.same_file(says, disk.path):
-            yield error("active-differs", f"{name} {disk.target}", f"its {which} definition names {disk.path}, the catalog "
-                        f"says {says}: something else than diskchain changed it",
-                        f"diskchain adopt {name}; do not start it before")  # fmt: skip
+def _sources(domain: Domain) -> dict[tuple[str, Path], list[str]]:
+    """Which of its definitions, live and persistent, name a file as a disk."""
+    named: dict[tuple[str, Path], list[str]] = {}
+    for xml, kind in zip(domain.xmls, ("live" if domain.active else "persistent", "persistent"), strict=False):
+        for disk in domain_xml.disks(xml):
+            if disk.path is not None:
+                named.setdefault((disk.target, disk.path), []).append(kind)
+    return named
+
+
+def _source(name: str, target: str, path: Path, kinds: list[str], catalog: Catalog) -> Iterator[Finding]:
+    says = catalog.images[catalog.active[target]].path
+    if "live" in kinds and is_stale(catalog, target, path):
+        yield warning("libvirt-stale", f"{name} {target}", f"QEMU writes to {says}, as the catalog says; libvirt "
+                      f"believes {path}", f"diskchain stop {name}; diskchain start {name}")  # fmt: skip
+        kinds = [kind for kind in kinds if kind != "live"]
+    if kinds and says != path and not files.same_file(says, path):
+        which = f"{' and '.join(kinds)} {'definitions name' if len(kinds) > 1 else 'definition names'}"
+        yield error("active-differs", f"{name} {target}", f"its {which} {path}, the catalog says {says}: something else "
+                    "than diskchain changed it", f"diskchain adopt {name}; do not start it before")  # fmt: skip
 
 
 def is_stale(catalog: Catalog, target: str, believed: Path) -> bool:
