@@ -100,8 +100,8 @@ async def _revert(app: App, host: Host, name: str, request: Request | None, yes:
         due = old_keeps.due(vm.catalog, keep, stays=[prepared.snapshot.id], one_more=one_more)
     plan = prepared.plan
     if due:
-        step = f"delete {_names(s.name for s in due)}, kept by reverts, older than {_limit(keep)}"
-        plan = replace(plan, steps=(*plan.steps, step))
+        old = f"{_names(s.name for s in due)}, kept by reverts, older than {_limit(keep)}"
+        plan = replace(plan, steps=(*plan.steps, f"delete {old}"), lost=(*plan.lost, old))
     if dry_run:
         context.show_plan(app, plan)
         return

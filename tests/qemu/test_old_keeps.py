@@ -49,8 +49,9 @@ def test_older_ones_go_the_newest_stays_and_so_does_what_is_somebodys(rig: Rig) 
     rig.expected["tried"] = rig.expected["before-revert-2"]
     rig.configure('[revert]\nkeep = "1s"\n')
     time.sleep(2.1)  # ages are whole seconds
-    plan = rig.ok("revert", "vm", "before-revert-3", "-n").out
-    assert "delete 'before-revert-4', kept by reverts" in plan and "before-revert-3'," not in plan
+    plan = rig.ok("revert", "vm", "before-revert-3", "-n", "--json").json["plan"]
+    old = "'before-revert-4', kept by reverts, older than 1s (revert.keep)"
+    assert f"delete {old}" in plan["steps"] and old in plan["lost"]
     assert revert(rig, 5, to="before-revert-3")["deleted"] == ["before-revert-4"]
     assert set(rig.snapshots()) == {"s", "before-revert-1", "tried", "before-revert-3", "before-revert-5"}
     assert rig.verdict(present="now") == []
