@@ -129,7 +129,7 @@ def _refuse_beside_a_dead_call() -> None:
 
     Raise Unreachable when that daemon does not let us in anew.
     """
-    if any(future.cancelled() for future in _waiting):
+    if any(future.cancelled() for future in _waiting.copy()):  # they end in threads of their own, just now perhaps
         connect_now(_uris[-1], LOOK).close()
 
 

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,23 @@ def test_no_call_is_made_beside_one_that_was_left(daemon: Libvirtd, monkeypatch:
     with ends_within(10), pytest.raises(Unreachable):
         asyncio.run(one_more(hanging=True))
     assert "<capabilities>" in asyncio.run(one_more(hanging=False))
+
+
+def test_calls_that_end_in_their_threads_do_not_disturb_one_that_begins(daemon: Libvirtd) -> None:
+    """Whoever begins a call looks at all that have not ended, and at that moment they end."""
+    connection, switch = libvirt_api.connect_now(daemon.uri, 30), sys.getswitchinterval()
+
+    def ask() -> None:
+        for _ in range(500):
+            libvirt_api.asked("ask", connection.getType)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as others:
+            for other in [others.submit(ask) for _ in range(4)]:
+                other.result()
+    finally:
+        sys.setswitchinterval(switch)
 
 
 def test_ctrl_c_is_heard_while_a_daemon_hangs(domain: Callable[..., DomainRig], daemon: Libvirtd) -> None:
