@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -211,12 +213,45 @@ def hidden_bytes(lower: Allocation | RawExtents, upper: Allocation) -> int:
     if isinstance(lower, RawExtents):
         over = list(runs(upper))
         return sum(end - start for start, end in lower.extents) - _uncovered(lower.extents, over)
-    covered = _on_grid(upper, lower, outward=False)
-    return lower.cluster_size * sum(
-        (_number(lower.rows[index].owned) & _number(held)).bit_count()
-        for index, held in covered.items()
+    return lower.cluster_size * sum(marks.count(SET) for marks in covered(lower, upper).values())
+
+
+def covered(lower: Allocation, upper: Allocation) -> dict[int, bytes]:
+    """Return the clusters of `lower`, one byte each in its rows, that `upper` hides as a whole and that are written in place."""
+    both = {
+        index: _number(lower.rows[index].owned) & _number(held)
+        for index, held in _on_grid(upper, lower, outward=False).items()
         if index in lower.rows
+    }
+    return {index: number.to_bytes(lower.row_length, "big") for index, number in both.items() if number}
+
+
+def places(table: bytes, header: Header, marks: bytes) -> Iterator[tuple[int, int]]:
+    """Given one L2 table, yield where in the file the marked clusters lie, (start, end) in bytes, in their order."""
+    entries = array("Q", table)
+    if sys.byteorder == "little":
+        entries.byteswap()
+    step = entry_size(header) // 8
+    found = (
+        (entries[n * step] & OFFSET, (entries[n * step] & OFFSET) + header.cluster_size)
+        for run in _RUN.finditer(marks)
+        for n in range(run.start(), run.end())
     )
+    return _adjoined(found)
+
+
+def _adjoined(parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Given parts in any order, yield them with those that follow each other without a gap put together."""
+    begin = last = -1
+    for start, end in parts:
+        if start == last:
+            last = end
+            continue
+        if last > 0:
+            yield begin, last
+        begin, last = start, end
+    if last > 0:
+        yield begin, last
 
 
 def _new_in_qcow2(top: Allocation, into: Allocation, *, only_missing: bool = False) -> int:

@@ -229,9 +229,12 @@ class ImageGuard:
         """
         os.fsync(self._at[path])
 
-    def drop_cache(self, path: Path) -> None:
-        """Ask the kernel to forget its cached pages of the image, so that the next read comes from the disk."""
-        os.posix_fadvise(self._at[path], 0, 0, os.POSIX_FADV_DONTNEED)
+    def drop_cache(self, path: Path, start: int = 0, end: int = 0) -> None:
+        """Ask the kernel to forget its cached pages of the image, so that the next read comes from the disk.
+
+        All of them, or those of a part, (start, end) in bytes; what is still to be written stays.
+        """
+        os.posix_fadvise(self._at[path], start, max(0, end - start), os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Let go."""

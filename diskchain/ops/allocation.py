@@ -24,6 +24,27 @@ def allocated(path: Path, *, roots: Sequence[Path] | None = None) -> Allocation:
         os.close(opened.fd)
 
 
+def replaced(path: Path, upper: Allocation, *, roots: Sequence[Path] | None = None) -> list[tuple[int, int]]:
+    """Return where in a qcow2 file lies what writing all of `upper` over it replaces in place: (start, end) in bytes.
+
+    Raise as `allocated`.
+    """
+    with files.UntrustedFiles(roots) as opener:
+        opened = opener.open(path)
+    try:
+        header = approve.checked_header(opened)
+        marked = allocation.covered(_allocation(opened, header), upper)
+        l1 = qcow2.l1_entries(files.read_span(opened.fd, header.l1_offset, header.l1_bytes))
+        tables = {index: offset for index, offset, _ in l1}
+        return [
+            place
+            for index, marks in marked.items()
+            for place in allocation.places(_table(opened.fd, tables[index], header), header, marks)
+        ]
+    finally:
+        os.close(opened.fd)
+
+
 def raw_extents(path: Path, *, roots: Sequence[Path] | None = None) -> RawExtents:
     """Given a raw image, return where it has data: everywhere, on a filesystem without holes."""
     with files.UntrustedFiles(roots) as opener:
@@ -56,6 +77,9 @@ def _allocation(opened: files.Opened, header: Header) -> Allocation:
 
 
 def _row(fd: int, offset: int, header: Header) -> Row:
+    return allocation.row(_table(fd, offset, header), header)
+
+
+def _table(fd: int, offset: int, header: Header) -> bytes:
     """One L2 table; one that ends behind the end of the file is read as zeros, as QEMU does."""
-    table = files.read_span(fd, offset, header.cluster_size)
-    return allocation.row(table.ljust(header.cluster_size, b"\0"), header)
+    return files.read_span(fd, offset, header.cluster_size).ljust(header.cluster_size, b"\0")

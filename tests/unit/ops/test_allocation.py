@@ -11,7 +11,7 @@ import pytest
 
 from diskchain.chain.allocation import RawExtents, held_bytes, hidden_bytes, new_bytes, runs
 from diskchain.errors import ChainDamaged, HostileImage, NotFound
-from diskchain.ops.allocation import allocated, raw_extents
+from diskchain.ops.allocation import allocated, raw_extents, replaced
 from fixtures.hostile import header, write_image
 
 KiB = 1024
@@ -73,6 +73,39 @@ def test_allocated_agrees_with_qemu_img_map(layout: str, tmp_path: Path) -> None
     expected = outward(mapped(top), ours.cluster_size)
     assert outward(list(runs(ours)), ours.cluster_size) == expected
     assert held_bytes(ours) == len(expected) * ours.cluster_size
+
+
+def places(path: Path, unit: int) -> dict[int, int]:
+    """Where in the file each guest cluster lies that qemu-img names a place for; compressed ones have none."""
+    parts = json.loads(run("qemu-img", "map", "-U", "-f", "qcow2", "--output=json", path))
+    named = [p for p in parts if not p["depth"] and "offset" in p]
+    return {
+        at // unit: (p["offset"] + at - p["start"]) // unit * unit
+        for p in named
+        for at in range(p["start"], p["start"] + p["length"], unit)
+    }
+
+
+@pytest.mark.parametrize("upper_layout", ["cluster_size=64k", "cluster_size=4k"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_replaced_is_where_the_covered_clusters_lie(layout: str, upper_layout: str, tmp_path: Path) -> None:
+    """Data only: what is zeros without a place has none; and no piece is beside what qemu-img says."""
+    base = write(create(tmp_path / "base", layout), *commands_for(layout), "write -P 7 12M 8M", "write -P 8 33M 2M")
+    top = write(
+        create(tmp_path / "top", upper_layout, below=base),
+        "write 10M 3M",
+        "write 14M 128k",
+        "write 20M 2M",
+        "write 34M 9M",
+    )
+    below, above = allocated(base), allocated(top)
+    unit = below.cluster_size
+    over = {c for c in outward(mapped(top), unit) if any(s <= c * unit and (c + 1) * unit <= e for s, e in runs(above))}
+    found = replaced(base, above)
+    assert sum(end - start for start, end in found) == hidden_bytes(below, above)
+    pieces = {at for start, end in found for at in range(start, end, unit)}
+    assert pieces >= {place for cluster, place in places(base, unit).items() if cluster in over}
+    assert len(pieces) == sum(end - start for start, end in found) // unit
 
 
 def test_allocated_of_an_empty_layer_is_nothing(tmp_path: Path) -> None:
