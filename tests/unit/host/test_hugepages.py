@@ -7,7 +7,6 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,15 +50,27 @@ class Memory:
         return found
 
 
-@pytest.fixture
-def memory() -> Iterator[Memory]:
+def filled() -> Memory:
     """Full; half full; only read; just full enough; one page short of it; untouched."""
     memory = Memory()
     for number, pages in enumerate((512, 256, 0, FULL, FULL - 1, 0)):
         memory.write(number, pages)
     memory.read(2)
+    return memory
+
+
+@pytest.fixture
+def memory() -> Memory:
+    """That, where no huge pages are wanted: the kernel makes none by itself."""
+    return filled()
+
+
+@pytest.fixture
+def wanted() -> Memory:
+    """That, where they are: from now on the kernel may make some by itself, of any range."""
+    memory = filled()
     memory.map.madvise(mmap.MADV_HUGEPAGE)
-    yield memory
+    return memory
 
 
 def mine(memory: Memory) -> set[int]:
@@ -86,25 +97,31 @@ def test_full_ranges_come_in_pieces(memory: Memory, monkeypatch: pytest.MonkeyPa
     assert sum(n for _, n in hugepages.full_ranges(os.getpid(), between)) == (RANGES - 2) * HUGE
 
 
-def test_collapse_makes_huge_pages_of_the_full_ranges_only(memory: Memory) -> None:
+def test_collapse_makes_huge_pages_of_the_full_ranges_only() -> None:
+    """Tried again when others are huge then: the kernel looks for such ranges by itself (khugepaged)."""
     process = process_id(os.getpid())
     assert process
-    outcome = hugepages.collapse(process, limit=30, stop=threading.Event())
-    assert outcome.why == hugepages.probe()
+    for _ in range(5):
+        memory = filled()
+        memory.map.madvise(mmap.MADV_HUGEPAGE)
+        outcome = hugepages.collapse(process, limit=30, stop=threading.Event())
+        assert outcome.why == hugepages.probe()
+        assert memory.intact(0, 512) and memory.intact(1, 256) and memory.intact(3, FULL) and memory.intact(4, FULL - 1)
+        if mine(memory) == {0, 3}:
+            break
+    assert mine(memory) == {0, 3}
     if not outcome.why:  # a kernel or a host without them says why, and nothing else changes
         assert outcome.huge_after - outcome.huge_before >= 2 * HUGE
         assert outcome.resident_after <= outcome.resident_before * 1.05
-    assert memory.intact(0, 512) and memory.intact(1, 256) and memory.intact(3, FULL) and memory.intact(4, FULL - 1)
-    assert mine(memory) == {0, 3}
 
 
-def test_collapse_stops_when_told(memory: Memory) -> None:
+def test_collapse_stops_when_told(wanted: Memory) -> None:
     process = process_id(os.getpid())
     assert process
     stop = threading.Event()
     stop.set()
     assert hugepages.collapse(process, limit=30, stop=stop).why in ("interrupted", hugepages.probe())
-    assert memory.intact(0, 512)
+    assert wanted.intact(0, 512)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +129,7 @@ def test_collapse_stops_when_told(memory: Memory) -> None:
     [(errno.EINVAL, "6.1"), (errno.EPERM, "CAP_SYS_NICE"), (errno.ENOMEM, "no huge pages free"), (errno.EIO, "error")],
 )
 def test_collapse_refused_by_the_kernel_says_why(
-    memory: Memory, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+    wanted: Memory, monkeypatch: pytest.MonkeyPatch, number: int, says: str
 ) -> None:
     monkeypatch.setattr(hugepages, "unusable", lambda: "")
     monkeypatch.setattr(hugepages, "advise", lambda *_: number)
@@ -121,7 +138,7 @@ def test_collapse_refused_by_the_kernel_says_why(
     assert says in hugepages.collapse(process, limit=30, stop=threading.Event()).why
 
 
-def test_collapse_goes_on_after_a_piece_that_was_in_use(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collapse_goes_on_after_a_piece_that_was_in_use(wanted: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def busy(pidfd: int, start: int, length: int) -> int:
@@ -132,7 +149,7 @@ def test_collapse_goes_on_after_a_piece_that_was_in_use(memory: Memory, monkeypa
     monkeypatch.setattr(hugepages, "advise", busy)
     process = process_id(os.getpid())
     assert process and hugepages.collapse(process, limit=30, stop=threading.Event()).why == ""
-    assert {memory.start, memory.start + 3 * HUGE} <= set(calls)
+    assert {wanted.start, wanted.start + 3 * HUGE} <= set(calls)
 
 
 @pytest.mark.parametrize(("text", "says"), [("always madvise [never]\n", "switched off"), (None, "no transparent")])
