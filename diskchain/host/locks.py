@@ -9,6 +9,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from diskchain.errors import Busy, DiskchainError
 from diskchain.host.files import os_errors
 from diskchain.host.process import process_id
+from diskchain.host.writeback import writing_back
 
 # QEMU >= 2.10 takes OFD locks on single bytes of every image: 100+bit for a permission it uses, 200+bit for one it
 # does not share (block/file-posix.c RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE; bit 1 = BLK_PERM_WRITE).
@@ -228,6 +230,10 @@ class ImageGuard:
         never hears of it. Raise OSError.
         """
         os.fsync(self._at[path])
+
+    def writing_back(self, path: Path) -> AbstractAsyncContextManager[None]:
+        """While the block runs, let the kernel begin to write what is dirty of an image of ours (`host.writeback`)."""
+        return writing_back(self._at[path])
 
     def drop_cache(self, path: Path, start: int = 0, end: int = 0) -> None:
         """Ask the kernel to forget its cached pages of the image, so that the next read comes from the disk.

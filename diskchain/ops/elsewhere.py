@@ -32,6 +32,7 @@ from diskchain.errors import ChainDamaged, NoSpace, Refused, Unfinished, Unsuppo
 from diskchain.host import copy, files, locks, qemu_img, qemu_img_copy
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
+from diskchain.host.writeback import writing_back
 from diskchain.ops import delete, layers, marks, redefine, room
 from diskchain.ops.approve import approve_chain
 from diskchain.ops.merge import Merged
@@ -259,7 +260,8 @@ async def _write(catalog: Catalog, item: Item, items: Sequence[Item], guard: Ima
         files.copy_owner(top.path, item.made)
         os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IRUSR | stat.S_IWUSR)
         into = qemu_img.unlocked(item.made, "qcow2", _new_below(catalog, item, items))
-        await _fill(catalog, item, into, guard, progress)
+        async with writing_back(fd):
+            await _fill(catalog, item, into, guard, progress)
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:

@@ -13,6 +13,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ async def fold(
     progress.begin(f"merging {fold.target}", size, note="safe to interrupt")
     try:
         point("merge.committing")
-        await _move(fold, method, unclean, guard, progress.update, pace)
+        async with _overlapped(fold.into, guard, direct=_goes_around(fold.into, unclean, pace)):
+            await _move(fold, method, unclean, guard, progress.update, pace)
     finally:
         progress.end()
     point("merge.committed")
@@ -122,7 +124,7 @@ async def _move(fold: Fold, method: str, unclean: bool, guard: ImageGuard, tell:
     Layer by layer the lowest goes first: what an upper one holds is written over what a lower one held, and at any
     instant `into` differs from before only where one of the layers hides it.
     """
-    direct = (unclean or pace.idle) and supports_direct(fold.into.path)
+    direct = _goes_around(fold.into, unclean, pace)
     into, gone = _nodes(fold, guard)
     if method == "commit" and fold.through and not any(guard.is_alone_on(i.path) for i in fold.below):
         size = sum(files.allocated_bytes(i.path) for i in fold.gone)
@@ -145,6 +147,16 @@ async def _move(fold: Fold, method: str, unclean: bool, guard: ImageGuard, tell:
                                         on_percent=heard, pace=pace)  # fmt: skip
         done += size
         point("merge.layer-moved")
+
+
+def _goes_around(image: Image, unclean: bool, pace: Pace) -> bool:
+    """Whether the engine writes around the page cache."""
+    return (unclean or pace.idle) and supports_direct(image.path)
+
+
+def _overlapped(image: Image, guard: ImageGuard, *, direct: bool) -> AbstractAsyncContextManager[None]:
+    """The disk works while the engine does, not after it; around the page cache it does anyway."""
+    return contextlib.nullcontext() if direct else guard.writing_back(image.path)
 
 
 def _bytes(tell: Callable[[int], None], done: int, size: int) -> Callable[[float], None]:
@@ -208,13 +220,15 @@ async def pull(
     else:
         await _put_right(overlay, direct=False)
     size = pulled(pull, overlay)
-    around = (unclean or pace.idle) and supports_direct(overlay.path)
+    around = _goes_around(overlay, unclean, pace)
     progress.begin(f"merging {pull.target}", size, note="safe to interrupt")
     try:
         point("merge.committing")
         node = _on(overlay, (*pull.gone, *pull.beneath), guard)
-        await qemu_img.copy_up(node, _not_up_yet(pull, overlay), cluster=allocated(overlay.path).cluster_size,
-                               direct=around, guard=guard.fds, on_bytes=progress.update, pace=pace)  # fmt: skip
+        cluster = allocated(overlay.path).cluster_size
+        async with _overlapped(overlay, guard, direct=around):
+            await qemu_img.copy_up(node, _not_up_yet(pull, overlay), cluster=cluster, direct=around, guard=guard.fds,
+                                   on_bytes=progress.update, pace=pace)  # fmt: skip
     finally:
         progress.end()
     point("merge.committed")
