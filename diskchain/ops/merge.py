@@ -25,6 +25,7 @@ from diskchain.chain.allocation import (
     missing_bytes,
     missing_runs,
     new_bytes,
+    runs,
     union,
 )
 from diskchain.chain.deletion import Fold, Pull
@@ -112,7 +113,8 @@ def _forget_replaced(fold: Fold, guard: ImageGuard) -> None:
     takes of an image that is in memory. It is done beside the checks instead.
     """
     with contextlib.suppress(DiskchainError, OSError):  # the checks say what is wrong
-        for start, end in replaced(fold.into.path, union([allocated(i.path) for i in fold.gone])):
+        upper = union([allocated(i.path) for i in fold.gone])
+        for start, end in runs(upper) if fold.into.fmt == "raw" else replaced(fold.into.path, upper):
             if end - start >= WORTH_FORGETTING:
                 guard.drop_cache(fold.into.path, start, end)
 
