@@ -128,7 +128,7 @@ def test_libvirtd_ends_in_a_create_with_memory_the_guest_counts_on(domain: Make,
     live = LiveDomain(domain())
     live.rig.ok("create", "vm", "first", "--disk-only")
     cases = [(sig, point) for point in STEPS for sig in (signal.SIGKILL, signal.SIGTERM)]
-    for number, (sig, point) in enumerate(some(cases, 4)):
+    for number, (sig, point) in enumerate(some(cases, 3)):
 
         def restart(sig: signal.Signals = sig) -> None:
             daemon.stop(sig)

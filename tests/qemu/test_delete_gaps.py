@@ -92,7 +92,7 @@ def test_killed_anywhere(line: Rig) -> None:
     template, args = line.save_template("again"), ("delete", "vm", "s1", "s3", "-y")
     points = line.points(*args)
     assert len(points) > 25
-    for point in some(points, 9):
+    for point in some(points, 6):
         line.restore_template(template)
         assert line.killed(*args, at=point), point
         line.ok("recover", "vm")
@@ -118,7 +118,7 @@ def test_one_goes_down_and_the_next_up(tmp_path: Path) -> None:
     methods = [m["method"] for m in rig.ok(*args, "--json").json["merged"]]
     assert sorted(methods) == ["convert", "stream"] and rig.verdict(present="now") == []
     rig.restore_template(template)
-    for point in some(rig.points(*args), 6):
+    for point in some(rig.points(*args), 4):
         rig.restore_template(template)
         assert rig.killed(*args, at=point), point
         rig.ok("recover", "vm")

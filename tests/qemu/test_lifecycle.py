@@ -75,14 +75,14 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Guest]]:
 
 
 def test_memory_of_survivors_is_restorable_after_every_merge(make: Callable[..., Guest]) -> None:
-    """Four snapshots with memory; delete them one after the other; the others come back with memory each time."""
+    """Snapshots with memory; delete them one after the other; the others come back with memory each time."""
     guest = make(cpus=2)
     rig = guest.rig
-    for name in ("a", "b", "c", "d"):
+    for name in ("a", "b", "c"):
         guest.count()
         rig.ok("create", "vm", name, "--memory")
     guest.count()
-    for gone, left in (("b", ["a", "c", "d"]), ("a", ["c", "d"]), ("d", ["c"])):
+    for gone, left in (("b", ["a", "c"]), ("c", ["a"])):
         rig.ok("stop", "vm", "--force", "-y")
         rig.ok("delete", "vm", gone, "-y")
         assert rig.file_verdict() == []
@@ -90,7 +90,7 @@ def test_memory_of_survivors_is_restorable_after_every_merge(make: Callable[...,
             guest.back_to(name, "--discard")
         guest.back_to(left[-1], "--discard")
     rig.ok("stop", "vm", "--force", "-y")
-    rig.ok("delete", "vm", "c", "-y")
+    rig.ok("delete", "vm", "a", "-y")
     assert {t: p.name for t, p in rig.active().items()} == {"vda": "vda.qcow2", "vdb": "vdb.qcow2"}
     assert rig.file_verdict() == [] and rig.ok("list", "vm", "--json").json["snapshots"] == []
     mark = guest.console.mark()

@@ -78,7 +78,7 @@ def test_foreign_files_after_a_kill_in_move_are_left_alone(places: tuple[Roaming
     points = rig.points(*args)
     names = {path for path in rig.images() - before if path.suffix in (".qcow2", ".raw")}
     last = next(i for i, p in enumerate(points) if p.startswith("move.trashed"))
-    for point in {*some(points[:last], 7), points[last - 1]}:
+    for point in {*some(points[:last], 5), points[last - 1]}:
         rig.restore_template(template)
         if not rig.killed(*args, at=point):
             wrong.append(f"{point}: was not reached")

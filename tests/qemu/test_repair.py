@@ -69,7 +69,7 @@ def test_kill_at_every_step_then_the_next_repair_puts_it_right(broken: tuple[Rig
     rig, template = broken
     rig.restore_template(template)
     points, wrong = rig.points("check", "vm", "--repair", "-y"), []
-    for point in some(points, 7):
+    for point in some(points, 5):
         rig.restore_template(template)
         assert rig.killed("check", "vm", "--repair", "-y", at=point), point
         rig.ok("recover", "vm")

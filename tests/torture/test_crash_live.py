@@ -79,7 +79,7 @@ def test_create_killed_at_every_step_the_guest_counts_on(live: Live, capsys: pyt
     """SIGKILL at every point of `create --memory`; the guest must not even notice."""
     rig, wrong = live.rig, []
     points = rig.points("create", "vm", "first", "--memory")
-    tried = some(points, 6)
+    tried = some(points, 4)
     for index, point in enumerate(tried):
         mark = live.console.mark()
         wrong += killed_and_recovered(live, point, "create", "vm", f"k{index}", "--memory")
@@ -119,7 +119,7 @@ def test_revert_killed_at_every_step_ends_in_one_of_two_whole_states(
     rig.ok("create", "vm", "s", "--memory")
     points = rig.points("revert", "vm", "s", "-y")
     live.counts()
-    tried = some(points, 5)
+    tried = some(points, 4)
     for point in tried:
         wrong += killed_and_recovered(live, point, "revert", "vm", "s", "-y")
     with capsys.disabled():

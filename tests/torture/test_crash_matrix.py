@@ -41,7 +41,7 @@ def test_kill_at_every_step_then_recover_leaves_every_state_whole(
     rig.restore_template(template)
     points = rig.points(*case.args)
     assert judge(rig, case) == []
-    tried = some(points, 5)
+    tried = some(points, 4)
     for point in tried:
         rig.restore_template(template)
         if not rig.killed(*case.args, at=point):
@@ -72,7 +72,7 @@ def test_kill_during_recovery_then_recover_again(tree: tuple[Rig, Path], name: s
         rig.restore_template(template)
         assert rig.killed(*case.args, at=point)
         again = rig.save_template("again")
-        for second in some(rig.points("recover", "vm"), 3):
+        for second in some(rig.points("recover", "vm"), 2):
             rig.restore_template(again)
             hit += rig.killed("recover", "vm", at=second)
             answer = rig.run("recover", "vm")

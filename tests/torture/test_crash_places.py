@@ -36,7 +36,7 @@ def test_kill_at_every_step_then_recover_leaves_every_state_whole(
     args = words(rig, case)
     points = rig.points(*args)
     assert judge(rig, case) == [] and is_done(rig, case)
-    tried = some(points, 5)
+    tried = some(points, 4)
     for point in tried:
         rig.restore_template(template)
         if not rig.killed(*args, at=point):
@@ -73,7 +73,7 @@ def test_kill_during_recovery_then_recover_again(tree: tuple[Roaming, Path], nam
         rig.restore_template(template)
         assert rig.killed(*args, at=point)
         again = rig.save_template("again")
-        for second in some(rig.points("recover", "vm"), 3):
+        for second in some(rig.points("recover", "vm"), 2):
             rig.restore_template(again)
             hit += rig.killed("recover", "vm", at=second)
             rig.ok("recover", "vm")
