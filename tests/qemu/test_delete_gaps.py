@@ -116,7 +116,7 @@ def test_one_goes_down_and_the_next_up(tmp_path: Path) -> None:
     template = rig.save_template("two-ways")
     args = ("delete", "vm", "s1", "s3", "-y")
     methods = [m["method"] for m in rig.ok(*args, "--json").json["merged"]]
-    assert sorted(methods) == ["convert", "stream"] and rig.verdict(present="now") == []
+    assert sorted(methods) == ["commit", "stream"] and rig.verdict(present="now") == []
     rig.restore_template(template)
     for point in some(rig.points(*args), 4):
         rig.restore_template(template)

@@ -31,7 +31,7 @@ def test_fork_waits_and_is_merged_by_the_delete_that_leaves_one_overlay(tree: Ri
     with unchanged(tree):
         assert tree.ok("merge", "vm", "--json").json["merged"] == []
     body = tree.ok("delete", "vm", "s2", "--children", "-y", "--json").json
-    assert {m["method"] for m in body["merged"]} == {"convert", "unlink"} and body["pending"] == []
+    assert {m["method"] for m in body["merged"]} == {"commit", "unlink"} and body["pending"] == []
     assert set(tree.snapshots()) == {"s3"} and tree.verdict(present="now") == []
     assert len(files(tree)) == 4, "two layers for each disk: s3 and the present"
 

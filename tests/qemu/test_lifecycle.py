@@ -174,7 +174,7 @@ def test_delete_on_a_running_vm_is_recorded_and_merged_at_stop_or_done_with_a_re
         guest.count()
         rig.ok("create", "vm", name, "--memory")
     stopped = rig.ok("stop", "vm", "--json").json
-    assert {m["method"] for m in stopped["merged"]} == {"convert"} and rig.file_verdict() == []
+    assert {m["method"] for m in stopped["merged"]} == {"commit"} and rig.file_verdict() == []
     assert rig.ok("list", "vm", "--json").json["pending"] == [] and set(rig.snapshots()) == {"t", "u"}
     for name in ("t", "u"):
         guest.back_to(name)

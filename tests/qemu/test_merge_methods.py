@@ -233,7 +233,7 @@ def test_the_method_is_chosen_by_size_of_pieces_filesystem_and_direction(place: 
     for number in range(12):
         write(small.upper, f"write -P 5 {number}M 20k")
     chosen = methods.choose(deletion(small))
-    assert [f.method for f in chosen.folds] == ["convert"]
+    assert [f.method for f in chosen.folds] == ["commit"]
     begun = methods.choose(deletion(small, merge_begun=True))
     assert [f.method for f in begun.folds] == ["commit"]
     large = build(place, "plain", 1, size=256 * MiB, writes=1, longest=2)
@@ -242,7 +242,7 @@ def test_the_method_is_chosen_by_size_of_pieces_filesystem_and_direction(place: 
     assert not chosen.folds and [p.method for p in chosen.pulls] == ["stream"], "the lower layer holds nearly nothing"
     write(large.lower, "write -P 4 96M 160M")
     chosen = methods.choose(deletion(large))
-    assert [f.method for f in chosen.folds] == ["clone" if shares else "convert"]
+    assert [f.method for f in chosen.folds] == ["clone" if shares else "commit"]
 
 
 def write(image: Image, command: str) -> None:

@@ -160,7 +160,7 @@ def test_delete_at_a_fork_lets_the_layer_wait_and_its_name_is_free_again(web1: W
     assert web1.run("undelete", "web1", "one", "--json", code=6).json["error"]["kind"] == "Refused"
     web1.run("create", "web1", "one")
     merged = web1.run("delete", "web1", "before-revert-1", "-y", "--json").json
-    assert [m["method"] for m in merged["merged"]] == ["convert"] * 2 + ["unlink"] * 2 and merged["pending"] == []
+    assert [m["method"] for m in merged["merged"]] == ["commit"] * 2 + ["unlink"] * 2 and merged["pending"] == []
 
 
 def test_delete_when_stopped_is_taken_back_until_it_is_merged(web1: Web1) -> None:
