@@ -114,7 +114,7 @@ class Bench:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.console = Console(directory / "console")
+        self.console = Console(directory / "console", each=0.001)  # to stop the guest when a round has just ended
         self._started: list[RawQemu] = []
         for disk in (d for d in DISKS if not (directory / d).exists()):
             subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(directory / disk), "32M"], check=True)
@@ -158,7 +158,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     Not in the middle of a round, whose write may still be to come: it would write its next counter over one that a
     test changed, without a look at it.
     """
-    for _ in range(10):
+    for _ in range(15):
         directory = tmp_path_factory.mktemp("kept")
         bench = Bench(directory)
         counter = bench.save_at_100()
