@@ -227,31 +227,14 @@ def covered(lower: Allocation, upper: Allocation) -> dict[int, bytes]:
 
 
 def places(table: bytes, header: Header, marks: bytes) -> Iterator[tuple[int, int]]:
-    """Given one L2 table, yield where in the file the marked clusters lie, (start, end) in bytes, in their order."""
+    """Given one L2 table, yield where in the file the marked clusters lie, (start, end) in bytes, ascending, apart."""
     entries = array("Q", table)
     if sys.byteorder == "little":
         entries.byteswap()
     step = entry_size(header) // 8
-    found = (
-        (entries[n * step] & OFFSET, (entries[n * step] & OFFSET) + header.cluster_size)
-        for run in _RUN.finditer(marks)
-        for n in range(run.start(), run.end())
-    )
-    return _adjoined(found)
-
-
-def _adjoined(parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Given parts in any order, yield them with those that follow each other without a gap put together."""
-    begin = last = -1
-    for start, end in parts:
-        if start == last:
-            last = end
-            continue
-        if last > 0:
-            yield begin, last
-        begin, last = start, end
-    if last > 0:
-        yield begin, last
+    marked = (n for run in _RUN.finditer(marks) for n in range(run.start(), run.end()))
+    starts = sorted(entries[n * step] & OFFSET for n in marked)
+    return _joined((start, start + header.cluster_size) for start in starts)
 
 
 def _new_in_qcow2(top: Allocation, into: Allocation, *, only_missing: bool = False) -> int:

@@ -13,10 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from diskchain.errors import NotFound, ToolFailed
 
@@ -313,7 +312,7 @@ def find_process(*words: str) -> ProcessId | None:
     return None
 
 
-async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+async def uninterrupted(work: Awaitable[None]) -> None:
     """Carry a short piece of work to its end, also when we are cancelled meanwhile (Ctrl-C, SIGTERM).
 
     The cancellation is not lost: it arrives at the next await after this one. (Blocking the signals would not do:

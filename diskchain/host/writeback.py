@@ -33,7 +33,7 @@ async def writing_back(fd: int) -> AsyncIterator[None]:
         yield
     finally:
         ended.set()
-        await uninterrupted(_end(work))
+        await uninterrupted(work)
 
 
 def _write_back(fd: int, ended: threading.Event) -> None:
@@ -41,7 +41,3 @@ def _write_back(fd: int, ended: threading.Event) -> None:
     while not ended.wait(_EACH):
         if _libc.sync_file_range(fd, *whole, _WRITE) != 0:
             return
-
-
-async def _end(work: asyncio.Task[None]) -> None:
-    await work

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diskchain.chain import allocation, qcow2
@@ -15,13 +16,8 @@ from diskchain.ops import approve
 
 def allocated(path: Path, *, roots: Sequence[Path] | None = None) -> Allocation:
     """Given a qcow2 image, return what it holds. Raise as `approve_chain` does for a single image."""
-    with files.UntrustedFiles(roots) as opener:
-        opened = opener.open(path)
-    try:
-        header = approve.checked_header(opened)
-        return _allocation(opened, header)
-    finally:
-        os.close(opened.fd)
+    with _opened(path, roots) as opened:
+        return _allocation(opened, approve.checked_header(opened))
 
 
 def replaced(path: Path, upper: Allocation, *, roots: Sequence[Path] | None = None) -> list[tuple[int, int]]:
@@ -29,9 +25,7 @@ def replaced(path: Path, upper: Allocation, *, roots: Sequence[Path] | None = No
 
     Raise as `allocated`.
     """
-    with files.UntrustedFiles(roots) as opener:
-        opened = opener.open(path)
-    try:
+    with _opened(path, roots) as opened:
         header = approve.checked_header(opened)
         marked = allocation.covered(_allocation(opened, header), upper)
         l1 = qcow2.l1_entries(files.read_span(opened.fd, header.l1_offset, header.l1_bytes))
@@ -41,17 +35,20 @@ def replaced(path: Path, upper: Allocation, *, roots: Sequence[Path] | None = No
             for index, marks in marked.items()
             for place in allocation.places(_table(opened.fd, tables[index], header), header, marks)
         ]
-    finally:
-        os.close(opened.fd)
 
 
 def raw_extents(path: Path, *, roots: Sequence[Path] | None = None) -> RawExtents:
     """Given a raw image, return where it has data: everywhere, on a filesystem without holes."""
+    with _opened(path, roots) as opened, files.os_errors(path, "look for holes in"):
+        return RawExtents(tuple(files.data_extents(opened.fd, opened.status.st_size)))
+
+
+@contextlib.contextmanager
+def _opened(path: Path, roots: Sequence[Path] | None) -> Iterator[files.Opened]:
     with files.UntrustedFiles(roots) as opener:
         opened = opener.open(path)
     try:
-        with files.os_errors(path, "look for holes in"):
-            return RawExtents(tuple(files.data_extents(opened.fd, opened.status.st_size)))
+        yield opened
     finally:
         os.close(opened.fd)
 

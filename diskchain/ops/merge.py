@@ -90,12 +90,13 @@ async def fold(
     else:
         await _put_all_right((fold.into, *fold.gone))
     method = "commit" if unclean else fold.method
+    around = _goes_around(fold.into, unclean, pace)
     size = sum(files.allocated_bytes(i.path) for i in fold.gone)
     progress.begin(f"merging {fold.target}", size, note="safe to interrupt")
     try:
         point("merge.committing")
-        async with _overlapped(fold.into, guard, direct=_goes_around(fold.into, unclean, pace)):
-            await _move(fold, method, unclean, guard, progress.update, pace)
+        async with _overlapped(fold.into, guard, direct=around):
+            await _move(fold, method, guard, progress.update, pace, direct=around)
     finally:
         progress.end()
     point("merge.committed")
@@ -119,14 +120,13 @@ def _forget_replaced(fold: Fold, guard: ImageGuard) -> None:
                 guard.drop_cache(fold.into.path, start, end)
 
 
-async def _move(fold: Fold, method: str, unclean: bool, guard: ImageGuard, tell: Callable[[int], None],
-                pace: Pace) -> None:  # fmt: skip
-    """Move the data. `tell`: bytes that are done.
+async def _move(fold: Fold, method: str, guard: ImageGuard, tell: Callable[[int], None], pace: Pace, *,
+                direct: bool) -> None:  # fmt: skip
+    """Move the data, `direct` around the page cache. `tell`: bytes that are done.
 
     Layer by layer the lowest goes first: what an upper one holds is written over what a lower one held, and at any
     instant `into` differs from before only where one of the layers hides it.
     """
-    direct = _goes_around(fold.into, unclean, pace)
     into, gone = _nodes(fold, guard)
     if method == "commit" and fold.through and not any(guard.is_alone_on(i.path) for i in fold.below):
         size = sum(files.allocated_bytes(i.path) for i in fold.gone)

@@ -24,15 +24,16 @@ MiB = 1 << 20
 
 
 class Qmp:
-    """A blocking QMP connection; waits until QEMU listens."""
+    """A blocking QMP connection; waits `timeout` seconds until QEMU listens, and `answers_within` seconds for a line of it."""
 
-    def __init__(self, path: Path, timeout: float = 30) -> None:
+    def __init__(self, path: Path, timeout: float = 30, *, answers_within: float | None = None) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         end = time.monotonic() + timeout
         while self._socket.connect_ex(str(path)) != 0:
             if time.monotonic() > end:
                 raise TimeoutError(f"no QEMU on {path}")
             time.sleep(0.001)
+        self._socket.settimeout(answers_within)
         self._answers = self._socket.makefile("rb")
         self._answers.readline()
         self("qmp_capabilities")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-import socket
 from pathlib import Path
+
+from tests.support.bare_qmp import Qmp
 
 
 def qemus_below(directory: Path) -> str:
@@ -34,31 +34,18 @@ def _describe(pid: int, words: str) -> str:
         try:
             lines += _asked(monitor)
             break
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             lines.append(f"  {monitor}: {error}")
     return "\n".join(lines)
 
 
 def _asked(monitor: str) -> list[str]:
-    with socket.socket(socket.AF_UNIX) as qmp:
-        qmp.settimeout(2)
-        qmp.connect(monitor)
-        with qmp.makefile("rw") as channel:
-
-            def ask(command: str, **arguments: str) -> object:
-                channel.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-                channel.flush()
-                while True:
-                    answer: dict[str, object] = json.loads(channel.readline())
-                    if "event" not in answer:
-                        return answer.get("return", answer)
-
-            channel.readline()
-            ask("qmp_capabilities")
-            told = [f"  {ask('query-status')}"]
-            for _ in range(2):
-                registers = str(ask("human-monitor-command", **{"command-line": "info registers -a"}))
-                told += [
-                    f"  {line}" for line in registers.splitlines() if re.match(r"CPU#|RIP=|RAX=|RSP=", line.strip())
-                ]
-            return told
+    qmp = Qmp(Path(monitor), timeout=0, answers_within=2)
+    try:
+        told = [f"  {qmp('query-status')}"]
+        for _ in range(2):
+            registers = str(qmp("human-monitor-command", command_line="info registers -a"))
+            told += [f"  {line}" for line in registers.splitlines() if re.match(r"CPU#|RIP=|RAX=|RSP=", line.strip())]
+        return told
+    finally:
+        qmp.close()

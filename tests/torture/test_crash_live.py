@@ -79,7 +79,7 @@ def test_create_killed_at_every_step_the_guest_counts_on(live: Live, capsys: pyt
     """SIGKILL at every point of `create --memory`; the guest must not even notice."""
     rig, wrong = live.rig, []
     points = rig.points("create", "vm", "first", "--memory")
-    tried = some(points, 4)
+    tried = some(points, 5)
     for index, point in enumerate(tried):
         mark = live.console.mark()
         wrong += killed_and_recovered(live, point, "create", "vm", f"k{index}", "--memory")
