@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ class Pace:
 
 
 AS_FAST_AS_IT_CAN = Pace()
+
+
+class Caching(Enum):
+    """How an engine reads and writes the images: through the kernel's page cache, or around it (O_DIRECT).
+
+    `AROUND_NATIVE`: around it with Linux AIO, which takes half the processor of QEMU's threads and 5 to 20 % less time.
+    """
+
+    THROUGH, AROUND, AROUND_NATIVE = "through", "around", "around, native"
+
+    @property
+    def mode(self) -> str:
+        """The word for qemu-img's -t."""
+        return "writeback" if self is Caching.THROUGH else "none"
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,7 @@ async def commit(
     overlay: dict[str, Any],
     *,
     base: str = "",
-    direct: bool,
+    caching: Caching,
     guard: Sequence[int],
     on_percent: Callable[[float], None],
     pace: Pace = AS_FAST_AS_IT_CAN,
@@ -129,9 +144,32 @@ async def commit(
     The overlay stays as it is (`-d`; `-b` implies it), so the commit can be done again (290 of 290 kills, facts.md).
     `guard`: descriptors that carry our locks; the engine inherits them, so the locks live as long as it does.
     """
-    await run(["qemu-img", "commit", "-p", "-d", "-t", "none" if direct else "writeback",
-               *_rate(pace), *(["-b", base] if base else []), _json(overlay)],
-              timeout=None, pass_fds=guard, on_output=_percent(on_percent), idle=pace.idle)  # fmt: skip
+    argv = ["qemu-img", "commit", "-p", "-d", "-t", caching.mode, *_rate(pace), *(["-b", base] if base else [])]
+    nodes = [_native(overlay), overlay] if caching is Caching.AROUND_NATIVE else [overlay]
+    for node in nodes:
+        try:
+            await run(
+                [*argv, _json(node)], timeout=None, pass_fds=guard, on_output=_percent(on_percent), idle=pace.idle
+            )
+            return
+        except ToolFailed as error:
+            if node is overlay or not _has_no_native(error):
+                raise
+
+
+def _native(node: dict[str, Any]) -> dict[str, Any]:
+    """The same node, its file and those below read and written with Linux AIO."""
+    with_it = {**node, "file": {**node["file"], "aio": "native"}}
+    if isinstance(node.get("backing"), dict):
+        with_it["backing"] = _native(node["backing"])
+    return with_it
+
+
+def _has_no_native(error: ToolFailed) -> bool:
+    """Whether it was Linux AIO that failed: not built in, or none left on this host (fs.aio-max-nr). Said when the image is
+    opened, so nothing has been written (QEMU, block/file-posix.c).
+    """
+    return "aio=native" in error.stderr or "native AIO" in error.stderr
 
 
 async def convert_into(
@@ -139,7 +177,7 @@ async def convert_into(
     into: dict[str, Any],
     *,
     clone: bool,
-    direct: bool = False,
+    caching: Caching = Caching.THROUGH,
     guard: Sequence[int],
     on_percent: Callable[[float], None],
     pace: Pace = AS_FAST_AS_IT_CAN,
@@ -151,7 +189,7 @@ async def convert_into(
     The caller syncs and checks. Raise ToolFailed.
     """
     await _run_to_the_last_word(
-        ["qemu-img", "convert", "-p", "-n", "-W", "-m", "16", "-t", "none" if direct else "writeback", "-B", "below",
+        ["qemu-img", "convert", "-p", "-n", "-W", "-m", "16", "-t", caching.mode, "-B", "below",
          *(["-C"] if clone else []), *_rate(pace), "-O", str(into["driver"]), _json(overlay), _json(into)],
         guard, on_percent, pace)  # fmt: skip
 
@@ -188,7 +226,7 @@ async def copy_up(
     parts: Iterable[tuple[int, int]],
     *,
     cluster: int = 0,
-    direct: bool,
+    caching: Caching = Caching.THROUGH,
     guard: Sequence[int],
     on_bytes: Callable[[int], None],
     pace: Pace = AS_FAST_AS_IT_CAN,
@@ -201,7 +239,7 @@ async def copy_up(
     The caller syncs, checks, and changes the reference. Raise ToolFailed.
     """
     group, file = _throttled(overlay["file"], pace)
-    argv = ["qemu-io", *group, "-C", "-t", "none" if direct else "writeback", _json({**overlay, "file": file})]
+    argv = ["qemu-io", *group, "-C", "-t", caching.mode, _json({**overlay, "file": file})]
     heard = _Copied(on_bytes)
     with open_memory(_commands(parts, max(COPIED_AT_ONCE, cluster))) as commands:
         result = await run(

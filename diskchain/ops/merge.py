@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from diskchain.chain.allocation import (
@@ -34,10 +32,11 @@ from diskchain.errors import ChainDamaged, DiskchainError
 from diskchain.host import files, qemu_img
 from diskchain.host.fault import point
 from diskchain.host.locks import ImageGuard
-from diskchain.host.qemu_img import AS_FAST_AS_IT_CAN, Pace
-from diskchain.ops import layers
+from diskchain.host.qemu_img import AS_FAST_AS_IT_CAN, Caching, Pace
+from diskchain.ops import caching, layers
 from diskchain.ops.allocation import allocated, raw_extents, replaced
 from diskchain.ops.approve import virtual_size
+from diskchain.ops.caching import supports_direct
 from diskchain.ops.progress import Progress
 
 AT_ONCE = 4  # images that are checked at the same time
@@ -76,27 +75,25 @@ async def fold(
 ) -> Merged:
     """Fold layers down into one below them.
 
-    `unclean`: an earlier try did not end well. An idle engine writes around the page cache: the kernel writes cached
-    pages in a class of its own. Raise ToolFailed, ChainDamaged, OSError: the redo copy (what goes) is
-    whole in every case.
+    `unclean`: an earlier try did not end well. Raise ToolFailed, ChainDamaged, OSError: the redo copy (what goes) is whole
+    in every case.
     """
     began = time.monotonic()
     into, gone = _nodes(fold, guard)
     direct = unclean and supports_direct(fold.into.path)
     if unclean:
         await make_whole(fold, guard)
-    elif fold.method == "clone":
-        await _together(_put_all_right((fold.into, *fold.gone)), asyncio.to_thread(_forget_replaced, fold, guard))
-    else:
-        await _put_all_right((fold.into, *fold.gone))
     method = "commit" if unclean else fold.method
-    around = _goes_around(fold.into, unclean, pace)
+    how = await asyncio.to_thread(caching.of_fold, fold, method, unclean=unclean, pace=pace)
+    if not unclean:
+        beside = _forget_replaced if method == "clone" else _read_ahead
+        await _together(_put_all_right((fold.into, *fold.gone)), asyncio.to_thread(beside, fold, guard))
     size = sum(files.allocated_bytes(i.path) for i in fold.gone)
     progress.begin(f"merging {fold.target}", size, note="safe to interrupt")
     try:
         point("merge.committing")
-        async with _overlapped(fold.into, guard, direct=around):
-            await _move(fold, method, guard, progress.update, pace, direct=around)
+        async with _overlapped(fold.into, guard, how):
+            await _move(fold, method, guard, progress.update, pace, how)
     finally:
         progress.end()
     point("merge.committed")
@@ -120,9 +117,15 @@ def _forget_replaced(fold: Fold, guard: ImageGuard) -> None:
                 guard.drop_cache(fold.into.path, start, end)
 
 
-async def _move(fold: Fold, method: str, guard: ImageGuard, tell: Callable[[int], None], pace: Pace, *,
-                direct: bool) -> None:  # fmt: skip
-    """Move the data, `direct` around the page cache. `tell`: bytes that are done.
+def _read_ahead(fold: Fold, _: ImageGuard) -> None:
+    with contextlib.suppress(OSError):
+        caching.read_small_ahead(fold.gone)
+
+
+async def _move(
+    fold: Fold, method: str, guard: ImageGuard, tell: Callable[[int], None], pace: Pace, how: Caching
+) -> None:
+    """Move the data. `tell`: bytes that are done.
 
     Layer by layer the lowest goes first: what an upper one holds is written over what a lower one held, and at any
     instant `into` differs from before only where one of the layers hides it.
@@ -132,7 +135,7 @@ async def _move(fold: Fold, method: str, guard: ImageGuard, tell: Callable[[int]
         size = sum(files.allocated_bytes(i.path) for i in fold.gone)
         node = qemu_img.unlocked_chain([(i.path, i.fmt) for i in (*fold.gone, fold.into)])
         await qemu_img.commit(
-            node, base=_as_followed(fold), direct=direct, guard=guard.fds, on_percent=_bytes(tell, 0, size), pace=pace
+            node, base=_as_followed(fold), caching=how, guard=guard.fds, on_percent=_bytes(tell, 0, size), pace=pace
         )
         return
     done = 0
@@ -143,22 +146,17 @@ async def _move(fold: Fold, method: str, guard: ImageGuard, tell: Callable[[int]
             method == "commit"
         ):  # of several into one whose own backing files we hold, too: QEMU does not find it by name
             on_it = qemu_img.unlocked(image.path, image.fmt, into)
-            await qemu_img.commit(on_it, direct=direct, guard=guard.fds, on_percent=heard, pace=pace)
+            await qemu_img.commit(on_it, caching=how, guard=guard.fds, on_percent=heard, pace=pace)
         else:
-            await qemu_img.convert_into(node, into, clone=method == "clone", direct=direct, guard=guard.fds,
+            await qemu_img.convert_into(node, into, clone=method == "clone", caching=how, guard=guard.fds,
                                         on_percent=heard, pace=pace)  # fmt: skip
         done += size
         point("merge.layer-moved")
 
 
-def _goes_around(image: Image, unclean: bool, pace: Pace) -> bool:
-    """Whether the engine writes around the page cache."""
-    return (unclean or pace.idle) and supports_direct(image.path)
-
-
-def _overlapped(image: Image, guard: ImageGuard, *, direct: bool) -> AbstractAsyncContextManager[None]:
+def _overlapped(image: Image, guard: ImageGuard, how: Caching) -> AbstractAsyncContextManager[None]:
     """The disk works while the engine does, not after it; around the page cache it does anyway."""
-    return contextlib.nullcontext() if direct else guard.writing_back(image.path)
+    return guard.writing_back(image.path) if how is Caching.THROUGH else contextlib.nullcontext()
 
 
 def _bytes(tell: Callable[[int], None], done: int, size: int) -> Callable[[float], None]:
@@ -222,14 +220,14 @@ async def pull(
     else:
         await _put_right(overlay, direct=False)
     size = pulled(pull, overlay)
-    around = _goes_around(overlay, unclean, pace)
+    how = caching.of_images((overlay, *pull.gone, *pull.beneath), unclean=unclean, pace=pace)
     progress.begin(f"merging {pull.target}", size, note="safe to interrupt")
     try:
         point("merge.committing")
         node = _on(overlay, (*pull.gone, *pull.beneath), guard)
         cluster = allocated(overlay.path).cluster_size
-        async with _overlapped(overlay, guard, direct=around):
-            await qemu_img.copy_up(node, _not_up_yet(pull, overlay), cluster=cluster, direct=around, guard=guard.fds,
+        async with _overlapped(overlay, guard, how):
+            await qemu_img.copy_up(node, _not_up_yet(pull, overlay), cluster=cluster, caching=how, guard=guard.fds,
                                    on_bytes=progress.update, pace=pace)  # fmt: skip
     finally:
         progress.end()
@@ -347,12 +345,3 @@ async def _put_right(image: Image, *, direct: bool) -> None:
         if (await qemu_img.check(alone, direct=direct)).clean:
             return
     raise ChainDamaged(f"{image.path} can't be repaired", hint="keep every file of the chain; see RECOVER.txt")
-
-
-def supports_direct(path: Path) -> bool:
-    """Whether the filesystem can read and write around its cache (O_DIRECT); FUSE and old tmpfs can't."""
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ from diskchain.chain.deletion import Deletion, Fold, Pull
 from diskchain.chain.model import Image, Snapshot
 from diskchain.errors import DiskchainError
 from diskchain.host import locks, probe
-from diskchain.host.qemu_img import AS_FAST_AS_IT_CAN, Pace
-from diskchain.ops import merge, methods
+from diskchain.host.qemu_img import AS_FAST_AS_IT_CAN, Caching, Pace
+from diskchain.ops import caching, merge, methods
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET
 from tests.support.rig import MiB, Rig
@@ -252,21 +253,105 @@ def write(image: Image, command: str) -> None:
     subprocess.run(["qemu-io", "-f", image.fmt, "-c", command, str(image.path)], check=True, capture_output=True)
 
 
-def test_several_layers_are_converted_unless_that_writes_much_more(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Large pieces are cloned; what overlaps is written once, by commit, as is what is not large; else each is converted."""
+@pytest.mark.parametrize("layout", ["plain", "extended-above"])
+def test_several_layers_of_subclusters_are_converted_unless_that_writes_much_more(place: Path, layout: str) -> None:
+    """Large pieces are cloned; what overlaps is written once, by commit, as is what has no subclusters."""
     shares = bool(probe.directory(place).clone)
-    chain = build(place, "plain", 3, size=256 * MiB, writes=1, longest=2, middle=True)
+    chain = build(place, layout, 3, size=256 * MiB, writes=1, longest=2, middle=True)
     assert chain.middle
     write(chain.lower, "write -P 4 130M 100M")
     write(chain.middle, "write -P 5 0 48M")
     write(chain.upper, "write -P 6 80M 48M")
-    assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "commit"]
-    monkeypatch.setattr(methods, "CONVERT_A_LAYER", 64 * MiB)
-    assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "convert"]
+    moved = "commit" if layout == "plain" else "convert"
+    assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else moved]
     write(chain.upper, "write -P 6 0 48M")
     assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "commit"]
+
+
+@pytest.fixture
+def around(monkeypatch: pytest.MonkeyPatch) -> list[Caching]:
+    """Every commit of a first try goes around the page cache, whatever its size; how each fold was done."""
+    seen: list[Caching] = []
+    real = caching.of_fold
+
+    def noted(*args: Any, **more: Any) -> Caching:
+        seen.append(real(*args, **more))
+        return seen[-1]
+
+    for name, value in {"AROUND_FROM": 0, "IN_PIECES_OF": 0, "CACHED_AT_MOST": 1.0}.items():
+        monkeypatch.setattr(caching, name, value)
+    monkeypatch.setattr(caching, "of_fold", noted)
+    return seen
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_around_the_page_cache_every_layout_keeps_every_byte(place: Path, layout: str, around: list[Caching]) -> None:
+    """What is read afterwards through the page cache is what was written around it."""
+    chain = build(place, layout, 900 + len(layout), middle=len(layout) % 2 == 1)
+    work = chain.merged_by("commit")
+    asyncio.run(carry_out(work))
+    assert left(chain, work) == chain.shown
+    assert around == [Caching.AROUND_NATIVE]
+
+
+def test_around_the_page_cache_killed_and_done_again(place: Path, around: list[Caching]) -> None:
+    """The redo is the careful one: around it, too, by QEMU's threads."""
+    hit = 0
+    for seed in range(12):
+        chain = build(place, "plain", 700 + seed, size=96 * MiB, writes=40, longest=8000, middle=seed % 2 == 1)
+        work = chain.merged_by("commit")
+        hit += asyncio.run(_killed(work, 0.01 + 0.01 * seed))
+        assert flat(chain.upper) == chain.shown, "the view through the upper layer"
+        asyncio.run(carry_out(work, unclean=True))
+        assert left(chain, work) == chain.shown
+        if hit >= 2:
+            break
+    assert hit, "nothing was hit: it is too quick for this test"
+    assert around[:2] == [Caching.AROUND_NATIVE, Caching.AROUND]
+
+
+def test_without_linux_aio_it_goes_on_by_threads(place: Path, around: list[Caching]) -> None:
+    """A host on which fs.aio-max-nr is used up: qemu-img can't open the image so, and is told to open it as always."""
+    limit = Path("/proc/sys/fs/aio-max-nr")
+    before = limit.read_text()
+    chain = build(place, "plain", 31)
+    work = chain.merged_by("commit")
+    limit.write_text("0")
+    try:
+        asyncio.run(carry_out(work))
+    finally:
+        limit.write_text(before)
+    assert left(chain, work) == chain.shown
+    assert around == [Caching.AROUND_NATIVE]
+
+
+def test_what_is_large_and_not_cached_goes_around_the_page_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what is cached, not what is in small pieces, not what is small."""
+    monkeypatch.setattr(caching, "AROUND_FROM", 32 * MiB)
+    chain = build(place, "plain", 5, size=256 * MiB, writes=1, longest=2)
+    write(chain.upper, "write -P 6 16M 64M")
+    write(chain.lower, "write -P 4 0 100M")
+    work = chain.merged_by("commit")
+    assert isinstance(work, Fold)
+
+    def chosen(*, cached: bool) -> Caching:
+        for image in (chain.lower, chain.upper):
+            fd = os.open(image.path, os.O_RDWR)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if cached:
+                image.path.read_bytes()
+            os.close(fd)
+        return caching.of_fold(work, "commit", unclean=False, pace=AS_FAST_AS_IT_CAN)
+
+    assert chosen(cached=False) is Caching.AROUND_NATIVE
+    assert chosen(cached=True) is Caching.THROUGH
+    monkeypatch.setattr(caching, "AROUND_FROM", 128 * MiB)
+    assert chosen(cached=False) is Caching.THROUGH
+    monkeypatch.setattr(caching, "AROUND_FROM", 32 * MiB)
+    for at in range(100, 200):
+        write(chain.upper, f"write -P 7 {at}M 64k")
+    assert chosen(cached=False) is Caching.THROUGH
 
 
 @pytest.mark.parametrize("method", METHODS)

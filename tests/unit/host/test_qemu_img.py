@@ -48,7 +48,7 @@ def test_copy_up_copies_what_is_missing_and_tells_of_what_failed(tmp_path: Path)
         subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, image], check=True, stdout=subprocess.DEVNULL)
     copied: list[int] = []
     work = [(0, 1 << 20), (2 << 20, 8 << 20)]
-    asyncio.run(qemu_img.copy_up(node, work, direct=False, guard=(), on_bytes=copied.append))
+    asyncio.run(qemu_img.copy_up(node, work, guard=(), on_bytes=copied.append))
     assert copied[-1] == 7 << 20
     before = subprocess.run(["qemu-img", "info", "--output=json", top], check=True, capture_output=True).stdout
     assert json.loads(before)["backing-filename"] == "base.qcow2"
@@ -60,4 +60,4 @@ def test_copy_up_copies_what_is_missing_and_tells_of_what_failed(tmp_path: Path)
     ).stdout
     assert "Pattern" not in said
     with pytest.raises(ToolFailed, match="readv failed: Input/output error"):
-        asyncio.run(qemu_img.copy_up(node, [(15 << 20, 17 << 20)], direct=False, guard=(), on_bytes=copied.append))
+        asyncio.run(qemu_img.copy_up(node, [(15 << 20, 17 << 20)], guard=(), on_bytes=copied.append))
