@@ -23,9 +23,12 @@ Side = dict[str, Any]
 
 @dataclass(frozen=True)
 class Figures:
-    """What one side took. Seconds, seconds of processor, MiB written, MiB of memory."""
+    """What one side took. Seconds, those of them in which data was moved and synced (the rest: checks), seconds of processor,
+    MiB written, MiB of memory.
+    """
 
     seconds: float
+    engine: float
     cpu: float
     written: float
     peak: float

@@ -9,40 +9,20 @@ from __future__ import annotations
 import errno
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.faults import FaultsWorker, ShimTree
+from scripts.torture_cases.mutation import Mutation
 from scripts.torture_cases.shim import FAIL, Shim
 from scripts.torture_cases.tree import EVERY, TreeRig, Trees, differing
 from tests.support.console import Console
 from tests.support.counted import count_on
-from tests.support.rig import ROOT, MiB, Rig
+from tests.support.rig import MiB, Rig
 from tests.support.zygote import Zygote
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """What is replaced: file below diskchain/, text there, text instead."""
-
-    changes: Sequence[tuple[str, str, str]]
-
-    def copy_to(self, directory: Path) -> Path:
-        """Make a copy of the package, and of what it is run with, that is wrong in this way."""
-        shutil.copytree(ROOT / "diskchain", directory / "diskchain", ignore=shutil.ignore_patterns("__pycache__"))
-        (directory / "tests/support").mkdir(parents=True)
-        for name in ("__init__.py", "support/__init__.py", "support/zygote.py"):
-            shutil.copy(ROOT / "tests" / name, directory / "tests" / name)
-        for name, old, new in self.changes:
-            path = directory / "diskchain" / name
-            text = path.read_text()
-            assert text.count(old) == 1, f"{name}: {old!r} stands there {text.count(old)} times"
-            path.write_text(text.replace(old, new))
-        return directory
-
 
 UNLINKED_FIRST = Mutation((
     (

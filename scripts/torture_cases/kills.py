@@ -1,8 +1,8 @@
 """Random SIGKILL of diskchain, of its qemu-img, of both, at random times in every command, the recovery included.
 
 A case is a number, or live:N of a VM that runs: it chooses the command, who is killed when (as a share of the command's
-usual time), and how many recoveries are killed before the last. The machine may run on elsewhere: times are not exactly
-repeatable, the rest is.
+usual time), and how many recoveries are killed before the last. Odd numbers merge as if all layers were large and not cached.
+The machine may run on elsewhere: times are not exactly repeatable, the rest is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import ClassVar, TypeVar
 
 from scripts.torture_cases.campaign import Campaign, Result, Worker
 from scripts.torture_cases.live import LIVE, LiveTree
+from scripts.torture_cases.mutation import ALL_IS_LARGE
 from scripts.torture_cases.tree import EVERY, PLACES, PlacesTree, Tree, Trees, TreesWorker
 from tests.support.rig import Answer, Rig
 from tests.support.zygote import Zygote
@@ -113,23 +114,31 @@ class Kills(Campaign):
 
     def worker(self, place: Path) -> Worker:
         zygote = Zygote()
+        all_is_large = Zygote(ALL_IS_LARGE.copy_to(place / "copy"))
         trees = Trees[Tree](
             (EVERY, lambda: Tree(place / "usual", zygote)),
             (PLACES, lambda: PlacesTree(place / "places", zygote)),
             (LIVE, lambda: LiveTree(place / "live", zygote)),
         )
-        return KillsWorker(self.seed, trees)
+        large = Trees[Tree](
+            (EVERY, lambda: Tree(place / "large", all_is_large)),
+            (PLACES, lambda: PlacesTree(place / "large-places", all_is_large)),
+        )
+        return KillsWorker(self.seed, trees, large)
 
 
 class KillsWorker(TreesWorker[T]):
-    """Trees that are shot at again and again."""
+    """Trees that are shot at again and again; `odd`: those that odd numbers take."""
 
-    def __init__(self, seed: int, trees: Trees[T]) -> None:
+    def __init__(self, seed: int, trees: Trees[T], odd: Trees[T] | None = None) -> None:
         super().__init__(trees)
+        self._usual, self._odd = trees, odd or trees
         self._seed, self._names = seed, [name for name in trees.names if name not in LIVE]
 
     def run(self, case: str) -> Result:
         rng = random.Random(f"kills {self._seed} {case}")
+        is_odd = not case.startswith("live:") and int(case) % 2
+        self._trees = self._odd if is_odd else self._usual  # the one that is kept, should it go wrong
         name = rng.choice(sorted(LIVE) if case.startswith("live:") else self._names)
         tree = self._trees.of(name)
         command = tree.cases[name]
@@ -145,6 +154,10 @@ class KillsWorker(TreesWorker[T]):
         wrong, lost, silent, stuck = tree.recovered(command, answer)
         note = f"{name}: {shots}, the command ended with {answer.code}"
         return Result(case, bool(hits), wrong, lost, silent, stuck, hits, note)
+
+    def close(self) -> None:
+        self._usual.close()
+        self._odd.close()
 
 
 def shot_at(rig: Rig, args: Sequence[str], shot: Shot, usual: float) -> tuple[Answer, bool]:
