@@ -135,7 +135,13 @@ async def _move(
         size = sum(files.allocated_bytes(i.path) for i in fold.gone)
         node = qemu_img.unlocked_chain([(i.path, i.fmt) for i in (*fold.gone, fold.into)])
         await qemu_img.commit(
-            node, base=_as_followed(fold), caching=how, guard=guard.fds, on_percent=_bytes(tell, 0, size), pace=pace
+            node,
+            base=_as_followed(fold),
+            layers=len(fold.gone),
+            caching=how,
+            guard=guard.fds,
+            on_percent=_bytes(tell, 0, size),
+            pace=pace,
         )
         return
     done = 0

@@ -33,8 +33,8 @@ class Mutation:
 ALL_IS_LARGE = Mutation((
     (
         "ops/caching.py",
-        "AROUND_FROM, IN_PIECES_OF, CACHED_AT_MOST = 1 * GiB, 1 * MiB, 0.25",
-        "AROUND_FROM, IN_PIECES_OF, CACHED_AT_MOST = 0 * GiB, 0 * MiB, 1.0",
+        "CACHED_AT_MOST, AROUND_FROM, IN_PIECES_OF = 0.25, 1 * GiB, 1 * MiB",
+        "CACHED_AT_MOST, AROUND_FROM, IN_PIECES_OF = 1.0, 0 * GiB, 0 * MiB",
     ),
 ))  # fmt: skip
 """Each commit of a first try goes around the page cache, as those of large layers that are not cached do."""

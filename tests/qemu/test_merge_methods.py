@@ -268,9 +268,21 @@ def test_several_layers_of_subclusters_are_converted_unless_that_writes_much_mor
     assert [f.method for f in methods.choose(deletion(chain)).folds] == ["clone" if shares else "commit"]
 
 
+LARGE = {
+    Caching.AROUND_NATIVE: {"AROUND_FROM": 0, "IN_PIECES_OF": 0, "CACHED_AT_MOST": 1.0, "CACHED_FROM": 2.0},
+    Caching.WRITES_AROUND: {"WRITES_FROM": 0, "WRITES_IN_PIECES_OF": 0, "CACHED_FROM": 0.0},
+}
+
+
+@pytest.fixture(params=LARGE, ids=str)
+def large(request: pytest.FixtureRequest) -> Caching:
+    """The ways that large layers are committed."""
+    return Caching(request.param)
+
+
 @pytest.fixture
-def around(monkeypatch: pytest.MonkeyPatch) -> list[Caching]:
-    """Every commit of a first try goes around the page cache, whatever its size; how each fold was done."""
+def around(large: Caching, monkeypatch: pytest.MonkeyPatch) -> list[Caching]:
+    """Every commit of a first try is done that way, whatever its size; how each fold was done."""
     seen: list[Caching] = []
     real = caching.of_fold
 
@@ -278,23 +290,25 @@ def around(monkeypatch: pytest.MonkeyPatch) -> list[Caching]:
         seen.append(real(*args, **more))
         return seen[-1]
 
-    for name, value in {"AROUND_FROM": 0, "IN_PIECES_OF": 0, "CACHED_AT_MOST": 1.0}.items():
+    for name, value in LARGE[large].items():
         monkeypatch.setattr(caching, name, value)
     monkeypatch.setattr(caching, "of_fold", noted)
     return seen
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_around_the_page_cache_every_layout_keeps_every_byte(place: Path, layout: str, around: list[Caching]) -> None:
+def test_around_the_page_cache_every_layout_keeps_every_byte(
+    place: Path, layout: str, large: Caching, around: list[Caching]
+) -> None:
     """What is read afterwards through the page cache is what was written around it."""
     chain = build(place, layout, 900 + len(layout), middle=len(layout) % 2 == 1)
     work = chain.merged_by("commit")
     asyncio.run(carry_out(work))
     assert left(chain, work) == chain.shown
-    assert around == [Caching.AROUND_NATIVE]
+    assert around == [large]
 
 
-def test_around_the_page_cache_killed_and_done_again(place: Path, around: list[Caching]) -> None:
+def test_around_the_page_cache_killed_and_done_again(place: Path, large: Caching, around: list[Caching]) -> None:
     """The redo is the careful one: around it, too, by QEMU's threads."""
     hit = 0
     for seed in range(12):
@@ -307,9 +321,10 @@ def test_around_the_page_cache_killed_and_done_again(place: Path, around: list[C
         if hit >= 2:
             break
     assert hit, "nothing was hit: it is too quick for this test"
-    assert around[:2] == [Caching.AROUND_NATIVE, Caching.AROUND]
+    assert around[:2] == [large, Caching.AROUND]
 
 
+@pytest.mark.parametrize("large", [Caching.AROUND_NATIVE], indirect=True, ids=str)
 def test_without_linux_aio_it_goes_on_by_threads(place: Path, around: list[Caching]) -> None:
     """A host on which fs.aio-max-nr is used up: qemu-img can't open the image so, and is told to open it as always."""
     limit = Path("/proc/sys/fs/aio-max-nr")
@@ -325,9 +340,10 @@ def test_without_linux_aio_it_goes_on_by_threads(place: Path, around: list[Cachi
     assert around == [Caching.AROUND_NATIVE]
 
 
-def test_what_is_large_and_not_cached_goes_around_the_page_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not what is cached, not what is in small pieces, not what is small."""
+def test_what_is_large_is_written_around_the_page_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And read where it is; not what is in small pieces, not what is small."""
     monkeypatch.setattr(caching, "AROUND_FROM", 32 * MiB)
+    monkeypatch.setattr(caching, "WRITES_FROM", 32 * MiB)
     chain = build(place, "plain", 5, size=256 * MiB, writes=1, longest=2)
     write(chain.upper, "write -P 6 16M 64M")
     write(chain.lower, "write -P 4 0 100M")
@@ -345,13 +361,17 @@ def test_what_is_large_and_not_cached_goes_around_the_page_cache(place: Path, mo
         return caching.of_fold(work, "commit", unclean=False, pace=AS_FAST_AS_IT_CAN)
 
     assert chosen(cached=False) is Caching.AROUND_NATIVE
-    assert chosen(cached=True) is Caching.THROUGH
-    monkeypatch.setattr(caching, "AROUND_FROM", 128 * MiB)
-    assert chosen(cached=False) is Caching.THROUGH
-    monkeypatch.setattr(caching, "AROUND_FROM", 32 * MiB)
+    assert chosen(cached=True) is Caching.WRITES_AROUND
+    for name in ("AROUND_FROM", "WRITES_FROM"):
+        monkeypatch.setattr(caching, name, 128 * MiB)
+    assert chosen(cached=False) is chosen(cached=True) is Caching.THROUGH
+    for name in ("AROUND_FROM", "WRITES_FROM"):
+        monkeypatch.setattr(caching, name, 32 * MiB)
     for at in range(100, 200):
         write(chain.upper, f"write -P 7 {at}M 64k")
     assert chosen(cached=False) is Caching.THROUGH
+    monkeypatch.setattr(caching, "WRITES_IN_PIECES_OF", 2 * MiB)
+    assert chosen(cached=True) is Caching.THROUGH
 
 
 @pytest.mark.parametrize("method", METHODS)
