@@ -143,8 +143,9 @@ async def commit(
 ) -> None:
     """Write the overlay's data into its backing file, or with those of the layers between into `base`, as QEMU calls it.
 
-    `layers`: so many are above the base.     The overlay stays as it is (`-d`; `-b` implies it), so the commit can be done again (290 of 290 kills, facts.md).
-    `guard`: descriptors that carry our locks; the engine inherits them, so the locks live as long as it does.
+    The overlay stays as it is (`-d`; `-b` implies it), so the commit can be done again (290 of 290 kills, facts.md).
+    `layers`: so many are above the base. `guard`: descriptors that carry our locks; the engine inherits them, so the locks
+    live as long as it does. Raise ToolFailed.
     """
     argv = ["qemu-img", "commit", "-p", "-d", "-t", caching.mode, *_rate(pace), *(["-b", base] if base else [])]
     nodes = [_read_through(overlay, layers) if caching is Caching.WRITES_AROUND else overlay]
