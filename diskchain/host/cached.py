@@ -22,7 +22,7 @@ def cached_share(path: Path) -> float:
     try:
         os.posix_fadvise(
             fd, 0, 0, os.POSIX_FADV_RANDOM
-        )  # one page for each that is asked for, not what follows it, too
+        )  # only what is asked for begins to be read, not what follows it
         size, page = os.fstat(fd).st_size, bytearray(1)
         return sum(_is_cached(fd, at, page) for at in _spots(size)) / SPOTS if size else 1.0
     except OSError:

@@ -134,15 +134,8 @@ async def _move(
     if method == "commit" and fold.through and not any(guard.is_alone_on(i.path) for i in fold.below):
         size = sum(files.allocated_bytes(i.path) for i in fold.gone)
         node = qemu_img.unlocked_chain([(i.path, i.fmt) for i in (*fold.gone, fold.into)])
-        await qemu_img.commit(
-            node,
-            base=_as_followed(fold),
-            layers=len(fold.gone),
-            caching=how,
-            guard=guard.fds,
-            on_percent=_bytes(tell, 0, size),
-            pace=pace,
-        )
+        await qemu_img.commit(node, base=_as_followed(fold), layers=len(fold.gone), caching=how, guard=guard.fds,
+                              on_percent=_bytes(tell, 0, size), pace=pace)  # fmt: skip
         return
     done = 0
     for image, node in reversed(list(zip(fold.gone, gone, strict=True))):
