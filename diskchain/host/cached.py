@@ -20,9 +20,7 @@ def cached_share(path: Path) -> float:
     except OSError:
         return 1.0
     try:
-        os.posix_fadvise(
-            fd, 0, 0, os.POSIX_FADV_RANDOM
-        )  # only what is asked for begins to be read, not what follows it
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else what follows begins to be read, too
         size, page = os.fstat(fd).st_size, bytearray(1)
         return sum(_is_cached(fd, at, page) for at in _spots(size)) / SPOTS if size else 1.0
     except OSError:

@@ -29,20 +29,23 @@ def of_fold(fold: Fold, method: str, *, unclean: bool, pace: Pace) -> Caching:
     """
     images = (fold.into, *fold.gone, *fold.below)
     plain = of_images(images, unclean=unclean, pace=pace)
-    if plain is Caching.THROUGH and method == "commit" and all(supports_direct(i.path) for i in images):
-        return _of_large(fold)
-    return plain
+    return _of_large(fold, images) if plain is Caching.THROUGH and method == "commit" else plain
 
 
 def of_images(images: Sequence[Image], *, unclean: bool, pace: Pace) -> Caching:
     """As `of_fold`, whatever their size. All of them are opened in one way, so all must be able to."""
-    careful = (unclean or pace.idle) and all(supports_direct(i.path) for i in images)
-    return Caching.AROUND if careful else Caching.THROUGH
+    return Caching.AROUND if (unclean or pace.idle) and _all_direct(images) else Caching.THROUGH
 
 
-def _of_large(fold: Fold) -> Caching:
+def _all_direct(images: Sequence[Image]) -> bool:
+    return all(supports_direct(i.path) for i in images)
+
+
+def _of_large(fold: Fold, images: Sequence[Image]) -> Caching:
     if sum(files.allocated_bytes(i.path) for i in fold.gone) < min(AROUND_FROM, WRITES_FROM):
-        return Caching.THROUGH  # at once: their tables need not be read
+        return Caching.THROUGH  # at once: nothing is opened, and no tables are read
+    if not _all_direct(images):
+        return Caching.THROUGH
     try:
         layers = [allocated(image.path) for image in fold.gone]
     except (DiskchainError, OSError):
