@@ -135,25 +135,28 @@ def _refuse_beside_a_dead_call() -> None:
 
 def _awaited(future: Future[T], within: float) -> T:
     """Wait in a thread that runs an event loop; Ctrl-C is heard. Raise TimeoutError; CancelledError for a Ctrl-C."""
-    end, before = time.monotonic() + within, _cancelled()
+    end = time.monotonic() + within
     while not future.done():
         left = end - time.monotonic()
         if left <= 0:
             raise TimeoutError
         wait([future], min(left, _LOOK_EVERY))
-        if _cancelled() > before:
+        if _to_be_cancelled():
             future.cancel()
             raise asyncio.CancelledError
     return future.result()
 
 
-def _cancelled() -> int:
-    """How often the task that waits in us, and so cannot be told, was cancelled: by Ctrl-C, or a limit."""
+def _to_be_cancelled() -> bool:
+    """Whether the task that waits in us was cancelled (Ctrl-C, a limit) and can't be told: since its last await, or now.
+
+    The number of its cancellations (`cancelling`) does not say which of them it was told of.
+    """
     try:
         task = asyncio.current_task()
     except RuntimeError:  # no event loop here
-        return 0
-    return task.cancelling() if task else 0
+        return False
+    return task is not None and bool(task._must_cancel)  # type: ignore[attr-defined]
 
 
 @functools.cache

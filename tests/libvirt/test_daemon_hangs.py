@@ -96,6 +96,23 @@ def test_ctrl_c_is_heard_while_a_daemon_hangs(domain: Callable[..., DomainRig], 
     assert time.monotonic() - began < 15
 
 
+def test_a_ctrl_c_that_came_just_before_is_heard(daemon: Libvirtd) -> None:
+    """Between the last await and the call: nobody was told of it. One that was told of is none."""
+
+    async def cancelled_before(*, told: bool) -> None:
+        task = asyncio.current_task()
+        assert task
+        task.cancel()
+        if told:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        libvirt_api.connect_now(daemon.uri, 30).close()
+
+    asyncio.run(cancelled_before(told=True))
+    with daemon.hanging(), ends_within(10), pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled_before(told=False))
+
+
 def test_a_long_answer_is_waited_for(daemon: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keepalives are answered beside the work: a connection on which nothing else happens stays open."""
     monkeypatch.setattr(libvirt_api, "_EVERY", 1)
