@@ -78,11 +78,15 @@ class Libvirtd:
         return f"qemu+unix:///system?socket={self.dir}/sock/libvirt-sock"
 
     def start(self) -> None:
-        """Start it and wait until it answers; only one fills the cache at a time."""
+        """Start it and wait until it answers; only one fills the cache at a time.
+
+        It sees no mounts of other tests: there they would stay mounted until it ends.
+        """
+        theirs = "awk '$2 ~ \"/pytest-of-\" { print $2 }' /proc/self/mounts | xargs -r -d '\\n' umount --lazy"
         mounts = "; ".join(f"mkdir -p {place}; mount --bind {self.dir}/{name} {place}" for name, place in PARTS.items())
         script = (
             f"{HIDE_KVM}[ ! -e /dev/kvm ] || hide_kvm {self.dir}/dev; "
-            f"{mounts}; mkdir -p {CACHE}; mount --bind {self.cache} {CACHE}; "
+            f"{theirs}; {mounts}; mkdir -p {CACHE}; mount --bind {self.cache} {CACHE}; "
             f"exec libvirtd -f {self.dir}/etc/libvirtd.conf -p {self.dir}/pid"
         )
         with (self.cache / "lock").open("w") as lock, (self.dir / "out").open("ab") as out:

@@ -10,12 +10,11 @@ import shutil
 import stat
 import struct
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.rig import Answer, MiB, Rig
+from tests.support.rig import Answer, MiB, Rig, wait_for
 
 KiB = 1024
 Picture = dict[str, str]
@@ -139,12 +138,18 @@ class SmallDisk:
         finally:
             os.close(fd)
 
+    @staticmethod
+    def _says(*argv: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(argv, capture_output=True, check=False)
+
     def close(self, *, keep: bool = False) -> None:
-        """Unmount it, and remove it unless it is to be kept; somebody's last look may still hold it for a moment."""
-        end = time.monotonic() + 10
-        while subprocess.run(["umount", str(self.path)], capture_output=True, check=False).returncode:
-            assert time.monotonic() < end, "the small disk can't be unmounted"
-            time.sleep(0.1)
+        """Unmount it, and remove it unless it is to be kept; somebody's last look may still hold it for a moment.
+
+        Then no loop device has it any more. A daemon of another test that is just starting has a copy of the mount for
+        a moment; mounted again now, it would be the same filesystem still, with what was done to it.
+        """
+        wait_for(lambda: not self._says("umount", str(self.path)).returncode, "it can be unmounted", 10)
+        wait_for(lambda: not self._says("losetup", "-j", str(self.file)).stdout, "nobody has it mounted", 10)
         if not keep:
             self.file.unlink()
 
