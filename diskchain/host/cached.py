@@ -1,4 +1,4 @@
-"""What of a file the kernel has in its page cache: asked, and read ahead."""
+"""What of a file the kernel has in its page cache, and how much more has room there."""
 
 from __future__ import annotations
 
@@ -41,11 +41,10 @@ def _is_cached(fd: int, at: int, page: bytearray) -> bool:
         return False
 
 
-def read_ahead(path: Path) -> None:
-    """Let the kernel begin to read a whole file; it goes on by itself. Nothing is raised: it is an advice."""
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(fd)
+def memory_to_spare() -> int:
+    """Return the bytes that programs and the page cache can still take (MemAvailable of proc(5)); 0 if that is not known."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0

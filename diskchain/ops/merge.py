@@ -85,17 +85,17 @@ async def fold(
         await make_whole(fold, guard)
     method = "commit" if unclean else fold.method
     how = await asyncio.to_thread(caching.of_fold, fold, method, unclean=unclean, pace=pace)
-    if not unclean:
-        beside = _forget_replaced if method == "clone" else _read_ahead
-        await _together(_put_all_right((fold.into, *fold.gone)), asyncio.to_thread(beside, fold, guard))
     size = sum(files.allocated_bytes(i.path) for i in fold.gone)
-    progress.begin(f"merging {fold.target}", size, note="safe to interrupt")
-    try:
-        point("merge.committing")
-        async with _overlapped(fold.into, guard, how):
-            await _move(fold, method, guard, progress.update, pace, how)
-    finally:
-        progress.end()
+    async with contextlib.nullcontext() if method == "clone" else caching.reading_ahead(fold.gone, how, pace):
+        if not unclean:
+            await _make_ready(fold, method, guard)
+        progress.begin(f"merging {fold.target}", size, note="safe to interrupt")
+        try:
+            point("merge.committing")
+            async with _overlapped(fold.into, guard, how):
+                await _move(fold, method, guard, progress.update, pace, how)
+        finally:
+            progress.end()
     point("merge.committed")
     await _fit(fold, into)
     await _require_durable_and_sound(fold.into, guard, direct=direct)
@@ -104,6 +104,11 @@ async def fold(
     return Merged(
         fold.target, str(fold.top.path), str(fold.into.path), size, round(time.monotonic() - began, 3), method
     )
+
+
+async def _make_ready(fold: Fold, method: str, guard: ImageGuard) -> None:
+    beside = [asyncio.to_thread(_forget_replaced, fold, guard)] if method == "clone" else []
+    await _together(_put_all_right((fold.into, *fold.gone)), *beside)
 
 
 def _forget_replaced(fold: Fold, guard: ImageGuard) -> None:
@@ -115,11 +120,6 @@ def _forget_replaced(fold: Fold, guard: ImageGuard) -> None:
         for start, end in runs(upper) if fold.into.fmt == "raw" else replaced(fold.into.path, upper):
             if end - start >= WORTH_FORGETTING:
                 guard.drop_cache(fold.into.path, start, end)
-
-
-def _read_ahead(fold: Fold, _: ImageGuard) -> None:
-    with contextlib.suppress(OSError):
-        caching.read_small_ahead(fold.gone)
 
 
 async def _move(

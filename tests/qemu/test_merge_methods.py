@@ -27,6 +27,7 @@ from diskchain.host.qemu_img import AS_FAST_AS_IT_CAN, Caching, Pace
 from diskchain.ops import caching, merge, methods
 from diskchain.ops.merge import Merged
 from diskchain.ops.progress import QUIET
+from tests.support.page_cache import forgotten
 from tests.support.rig import MiB, Rig
 from tests.support.sample import FULL
 
@@ -352,12 +353,9 @@ def test_what_is_large_is_written_around_the_page_cache(place: Path, monkeypatch
 
     def chosen(*, cached: bool) -> Caching:
         for image in (chain.lower, chain.upper):
-            fd = os.open(image.path, os.O_RDWR)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            forgotten(image.path)
             if cached:
                 image.path.read_bytes()
-            os.close(fd)
         return caching.of_fold(work, "commit", unclean=False, pace=AS_FAST_AS_IT_CAN)
 
     assert chosen(cached=False) is Caching.AROUND_NATIVE
