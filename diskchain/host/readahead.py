@@ -6,31 +6,25 @@ An engine goes through a disk in the order of the guest; in the file the pieces 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import functools
 import os
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from diskchain.host.process import uninterrupted
+from diskchain.host.beside import beside
 
 _AT_A_TIME = 1 << 20  # bytes; then it is looked whether the block has ended
 
 
-@contextlib.asynccontextmanager
-async def reading_ahead(paths: Sequence[Path]) -> AsyncIterator[None]:
+def reading_ahead(paths: Sequence[Path]) -> AbstractAsyncContextManager[None]:
     """While the block runs, let the kernel read whole files into its page cache, one after the other.
 
-    Nothing is raised: what can't be read is left for the engine to tell.
+    Nothing is raised: what can't be read is left for the engine to tell. No file is opened after the block.
     """
-    ended = threading.Event()
-    work = asyncio.create_task(asyncio.to_thread(_read, paths, ended))
-    try:
-        yield
-    finally:
-        ended.set()
-        await uninterrupted(work)
+    return beside(functools.partial(_read, paths))
 
 
 def _read(paths: Sequence[Path], ended: threading.Event) -> None:

@@ -6,34 +6,26 @@ work one after the other (docs/benchmarks.md, "Merging").
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import ctypes
+import functools
 import threading
-from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 
-from diskchain.host.process import uninterrupted
+from diskchain.host.beside import beside
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE
 _EACH = 0.05  # seconds
 
 
-@contextlib.asynccontextmanager
-async def writing_back(fd: int) -> AsyncIterator[None]:
+def writing_back(fd: int) -> AbstractAsyncContextManager[None]:
     """While the block runs, let the kernel begin to write what is dirty of an open file, every 50 ms.
 
     Nothing is raised, and no error is taken from the sync to come: sync_file_range(2) with this flag alone neither waits
     nor asks what has failed (Linux, fs/sync.c). Where it can't be done, nothing happens. The descriptor is not used after
     the block.
     """
-    ended = threading.Event()
-    work = asyncio.create_task(asyncio.to_thread(_write_back, fd, ended))
-    try:
-        yield
-    finally:
-        ended.set()
-        await uninterrupted(work)
+    return beside(functools.partial(_write_back, fd))
 
 
 def _write_back(fd: int, ended: threading.Event) -> None:
