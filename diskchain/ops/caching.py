@@ -14,7 +14,7 @@ from diskchain.chain.model import GiB, Image, KiB, MiB
 from diskchain.errors import DiskchainError
 from diskchain.host import files, readahead
 from diskchain.host.cached import cached_share, memory_to_spare
-from diskchain.host.qemu_img import Caching, Pace
+from diskchain.host.qemu_img import AS_FAST_AS_IT_CAN, Caching, Pace
 from diskchain.ops.allocation import allocated
 
 # What goes is cached: read there and written around it 2 GiB in one piece took 1.3 s, through it 1.1 to 3.9 s (each new page costs,
@@ -67,9 +67,9 @@ def _of_large(fold: Fold, images: Sequence[Image]) -> Caching:
 async def reading_ahead(images: Sequence[Image], how: Caching, pace: Pace) -> AsyncIterator[None]:
     """While the block runs, read what goes ahead of an engine that takes it from the page cache: in the order of the file.
 
-    Only what is in small pieces: in large ones the kernel reads ahead by itself.
+    Only what is in small pieces: in large ones the kernel reads ahead by itself. Nothing where others are to have the disk, too.
     """
-    ahead = how is Caching.THROUGH and not pace.rate
+    ahead = how is Caching.THROUGH and pace == AS_FAST_AS_IT_CAN
     async with readahead.reading_ahead(await asyncio.to_thread(_worth_reading, images) if ahead else ()):
         yield
 

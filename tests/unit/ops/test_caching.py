@@ -63,11 +63,12 @@ def ahead_of(images: list[Image], how: Caching = Caching.THROUGH, pace: Pace = A
 
 
 def test_what_is_in_small_pieces_and_not_cached_is_read_ahead(images: list[Image], read: list[str]) -> None:
-    """Only for an engine that takes it from the page cache, and not where a rate was asked for."""
+    """Only for an engine that takes it from the page cache, and not where others are to have the disk, too."""
     for how in Caching:
         if how is not Caching.THROUGH:
             ahead_of(images, how)
-    ahead_of(images, pace=Pace(rate=MiB))
+    for pace in (Pace(rate=MiB), Pace(idle=True)):
+        ahead_of(images, pace=pace)
     assert read == []
     ahead_of(images)
     assert read == ["a"]
