@@ -183,16 +183,25 @@ def main(name: str, seed: str, count: int) -> None:
         feed = feeds(Path(place))[name]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(count):
-            began = time.process_time()
-            try:
-                feed(random.Random(f"{seed} {number}"))
-            except DiskchainError:
-                pass
-            except Exception:
-                wrong.append(f"input {number}: {traceback.format_exc(limit=-3)}")
-            slowest = max(slowest, time.process_time() - began)
+            took, said = fed(feed, f"{seed} {number}")
+            if took > slowest:  # or the first that needed so deep a stack, whose pages had to be found
+                took = min(took, fed(feed, f"{seed} {number}")[0])
+            slowest = max(slowest, took)
+            wrong += [f"input {number}: {said}"] if said else []
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     print(json.dumps({"slowest": slowest, "grown": grown << 10, "wrong": wrong[:5], "bad": len(wrong)}))
+
+
+def fed(feed: Feed, seed: str) -> tuple[float, str]:
+    """Feed a parser once; return the seconds of processor that it took, and what went wrong, if anything."""
+    began, said = time.process_time(), ""
+    try:
+        feed(random.Random(seed))
+    except DiskchainError:
+        pass
+    except Exception:
+        said = traceback.format_exc(limit=-3)
+    return time.process_time() - began, said
 
 
 if __name__ == "__main__":
