@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -19,15 +19,16 @@ from diskchain.host.beside import beside
 _AT_A_TIME = 1 << 20  # bytes; then it is looked whether the block has ended
 
 
-def reading_ahead(paths: Sequence[Path]) -> AbstractAsyncContextManager[None]:
+def reading_ahead(paths: Iterable[Path]) -> AbstractAsyncContextManager[None]:
     """While the block runs, let the kernel read whole files into its page cache, one after the other.
 
-    Nothing is raised: what can't be read is left for the engine to tell. No file is opened after the block.
+    `paths` is gone through beside the block, too: choosing them costs it no time. Nothing is raised: what can't be read is
+    left for the engine to tell. No file is opened after the block.
     """
     return beside(functools.partial(_read, paths))
 
 
-def _read(paths: Sequence[Path], ended: threading.Event) -> None:
+def _read(paths: Iterable[Path], ended: threading.Event) -> None:
     for path in paths:
         with (
             contextlib.suppress(OSError),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from diskchain.chain.allocation import held_bytes, mean_run
@@ -63,24 +63,22 @@ def _of_large(fold: Fold, images: Sequence[Image]) -> Caching:
     return Caching.THROUGH
 
 
-@contextlib.asynccontextmanager
-async def reading_ahead(images: Sequence[Image], how: Caching, pace: Pace) -> AsyncIterator[None]:
+def reading_ahead(images: Sequence[Image], how: Caching, pace: Pace) -> AbstractAsyncContextManager[None]:
     """While the block runs, read what goes ahead of an engine that takes it from the page cache: in the order of the file.
 
     Only what is in small pieces: in large ones the kernel reads ahead by itself. Nothing where others are to have the disk, too.
     """
-    ahead = how is Caching.THROUGH and pace == AS_FAST_AS_IT_CAN
-    async with readahead.reading_ahead(await asyncio.to_thread(_worth_reading, images) if ahead else ()):
-        yield
+    if how is not Caching.THROUGH or pace != AS_FAST_AS_IT_CAN:
+        return contextlib.nullcontext()
+    return readahead.reading_ahead(_worth_reading(images))
 
 
-def _worth_reading(images: Sequence[Image]) -> list[Path]:
-    """Return the files in small pieces that are not in the page cache; none where all of them would take much of the memory."""
+def _worth_reading(images: Sequence[Image]) -> Iterator[Path]:
+    """Yield the files in small pieces that are not in the page cache; none where all of them would take much of the memory."""
     with contextlib.suppress(DiskchainError, OSError):  # the checks and the engine say what is wrong
         paths = [i.path for i in images if cached_share(i.path) < CACHED_FROM and _in_small_pieces(i)]
         if sum(map(files.allocated_bytes, paths)) <= memory_to_spare() * READ_AHEAD_OF_MEMORY:
-            return paths
-    return []
+            yield from paths
 
 
 def _in_small_pieces(image: Image) -> bool:

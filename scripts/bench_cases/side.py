@@ -25,6 +25,7 @@ from diskchain.host.locks import ImageGuard
 from diskchain.host.qemu_img import Pace
 from diskchain.ops import merge, methods
 from diskchain.ops.progress import QUIET
+from tests.support.page_cache import forgotten
 
 MiB = 1 << 20
 
@@ -33,7 +34,7 @@ def main(words: Sequence[str]) -> int:
     """Do the job; print what it took."""
     job = json.loads(words[0])
     for path in map(Path, job["layers"]):
-        drop(path) if job["cold"] else read(path)
+        forgotten(path) if job["cold"] else read(path)
     deletion = planned(job) if "argvs" not in job else None
     engine = Stopwatch()
     before = used()
@@ -88,14 +89,6 @@ class Stopwatch:
             self.seconds += time.perf_counter() - began
 
         return timed
-
-
-def drop(path: Path) -> None:
-    """Let the kernel forget what it has cached of a file."""
-    fd = os.open(path, os.O_RDWR)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
 
 
 def read(path: Path) -> None:

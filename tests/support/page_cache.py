@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.support.rig import MiB
 
-
-def on_the_disk_alone(path: Path, size: int = 32 * MiB) -> Path:
+def on_the_disk_alone(path: Path, size: int = 32 << 20) -> Path:
     """Make a file of random bytes that is not cached."""
     with path.open("wb") as opened:
         opened.write(os.urandom(size))

@@ -138,18 +138,14 @@ class SmallDisk:
         finally:
             os.close(fd)
 
-    @staticmethod
-    def _says(*argv: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(argv, capture_output=True, check=False)
-
     def close(self, *, keep: bool = False) -> None:
         """Unmount it, and remove it unless it is to be kept; somebody's last look may still hold it for a moment.
 
         Then no loop device has it any more. A daemon of another test that is just starting has a copy of the mount for
         a moment; mounted again now, it would be the same filesystem still, with what was done to it.
         """
-        wait_for(lambda: not self._says("umount", str(self.path)).returncode, "it can be unmounted", 10)
-        wait_for(lambda: not self._says("losetup", "-j", str(self.file)).stdout, "nobody has it mounted", 10)
+        wait_for(lambda: not _run("umount", str(self.path)).returncode, "it can be unmounted", 10)
+        wait_for(lambda: not _run("losetup", "-j", str(self.file)).stdout, "nobody has it mounted", 10)
         if not keep:
             self.file.unlink()
 
@@ -157,6 +153,10 @@ class SmallDisk:
 _EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32); 0 = flush everything first
 
 
+def _run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+
 def _do(*argv: str) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = _run(*argv)
     assert done.returncode == 0, f"{argv}: {done.stderr}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,9 +44,10 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     real = readahead._read
 
-    def noted(paths: Sequence[Path], *more: object) -> None:
-        seen.extend(path.name for path in paths)
-        real(paths, *more)  # type: ignore[arg-type]
+    def noted(paths: Iterable[Path], *more: object) -> None:
+        chosen = list(paths)
+        seen.extend(path.name for path in chosen)
+        real(chosen, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(readahead, "_read", noted)
     return seen
